@@ -1,0 +1,1 @@
+"""Reading DeepSpeed's ZeRO checkpoints into any tensor-parallel layout, without running any code from them."""

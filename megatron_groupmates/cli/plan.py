@@ -1,0 +1,180 @@
+"""``plan``: check a config and its pools without a GPU, and print what the run will cost."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_groupmates.cli.job_commands import add_config_options, read_config
+from megatron_groupmates.config import Config, check_world_size, refresh_steps
+from megatron_groupmates.model.sizes import model_size, training_bytes_per_gpu
+from megatron_groupmates.pool.index import PoolIndex
+from megatron_groupmates.training.data import check_same_tokenizer, open_pool
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What times are estimated for.
+
+    Attributes:
+        gpus: GPUs of the trainer.
+        server_gpus: GPUs of the selection server.
+        flops_per_second: that one GPU sustains on dense matrix products.
+    """
+
+    gpus: int
+    server_gpus: int
+    flops_per_second: float
+
+
+def add_commands(commands: Any) -> None:
+    """Register ``plan``."""
+    parser = commands.add_parser(
+        "plan",
+        help="check config and pools, print parameters, FLOPs, memory, disk and time",
+        description="Dry run: needs no GPU and starts nothing. Times assume the sustained speed given by --tflops.",
+    )
+    add_config_options(parser)
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of the trainer (default: one tensor-parallel group)")
+    parser.add_argument("--server-gpus", type=int, metavar="N", help="GPUs of the selection server (default: one tensor-parallel group)")
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        default=400.0,
+        metavar="T",
+        help="sustained TFLOP/s per GPU (default 400: an H100 or H200 in bf16 at about 40 %% of its peak)",
+    )
+    parser.add_argument("--no-data", action="store_true", help="do not open the pools: check the config alone")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    config = read_config(options)
+    tensor = config.parallel.tensor_model_parallel_size
+    hardware = Hardware(
+        gpus=options.gpus or tensor,
+        server_gpus=options.server_gpus or config.server.tensor_model_parallel_size or tensor,
+        flops_per_second=options.tflops * 1e12,
+    )
+    pool = None if options.no_data else check_pools(config)
+    facts = make_plan(config, hardware, pool)
+    print(json.dumps(facts) if options.json else format_plan(facts))
+    return 0
+
+
+def check_pools(config: Config) -> PoolIndex:
+    """Open every pool of the config as trainer and server would.
+
+    Raises:
+        UserError: a pool is missing or does not fit.
+    """
+    from megatron_groupmates.pool.dataset import PoolDataset
+
+    pool = open_pool(config, config.data.pool, "data.pool")
+    PoolDataset(pool, config.model.sequence_length)
+    for what in ("evaluation", "reference"):
+        path = getattr(config.data, what)
+        if path is not None:
+            other = open_pool(config, path, f"data.{what}")
+            check_same_tokenizer(pool, other, f"data.{what}")
+            PoolDataset(other, config.model.sequence_length)
+    return pool
+
+
+def make_plan(config: Config, hardware: Hardware, pool: PoolIndex | None) -> dict[str, Any]:
+    """Sizes and costs of the run; times in seconds, sizes in bytes.
+
+    Raises:
+        UserError: the batch does not divide over the GPUs.
+    """
+    data_parallel = check_world_size(config, hardware.gpus)
+    size, length, training = model_size(config), config.model.sequence_length, config.training
+    tokens = training.train_iters * training.global_batch_size * length
+    train_flops = float(size.training_flops_per_token) * tokens
+    memory = training_bytes_per_gpu(config, data_parallel)
+    refreshes = len(refresh_steps(config))
+    stages = selection_flops(config, pool.num_samples if pool else None) if config.selection.enabled else {}
+    server_speed = hardware.server_gpus * hardware.flops_per_second
+    saves = training.train_iters // config.checkpoint.save_interval + 1 + refreshes
+    return {
+        "parameters": size.parameters,
+        "training_flops_per_token": size.training_flops_per_token,
+        "tokens": tokens,
+        "samples": training.train_iters * training.global_batch_size,
+        "data_parallel_size": data_parallel,
+        "micro_batches_per_step": training.global_batch_size // (training.micro_batch_size * data_parallel),
+        "training": {
+            "flops": train_flops,
+            "seconds": train_flops / (hardware.gpus * hardware.flops_per_second),
+            "gpus": hardware.gpus,
+        },
+        "memory_per_gpu": {**memory, "total": sum(memory.values())},
+        "checkpoint_bytes": size.parameters * 14,
+        "checkpoints": saves,
+        "disk_bytes": size.parameters * 14 * saves,
+        "refresh_steps": refresh_steps(config),
+        "selection": {name: {"flops": flops, "seconds": flops / server_speed} for name, flops in stages.items()},
+        "selection_share_of_training": refreshes * sum(stages.values()) / train_flops,
+        "pool": None
+        if pool is None
+        else {
+            "samples": pool.num_samples,
+            "tokens": pool.num_tokens,
+            "shards": pool.num_shards,
+            "epochs": training.train_iters * training.global_batch_size / pool.num_samples,
+        },
+    }
+
+
+def selection_flops(config: Config, num_samples: int | None) -> dict[str, float]:
+    """FLOPs of each stage of one round; of the whole pool where its size is known."""
+    oracle, size, length = config.oracle, model_size(config), config.model.sequence_length
+    sequence = float(size.forward_flops_per_token) * length
+    per_step = 3 * sequence + (oracle.reference_samples * sequence if oracle.estimator == "exact" else 0.0)
+    stages = {
+        "oracle_random": oracle.num_random_rollouts * oracle.rollout_length * per_step,
+        "oracle_bootstrap": oracle.num_bootstrap_rollouts * oracle.rollout_length * per_step,
+        "candidates": oracle.num_candidates * sequence,
+    }
+    if num_samples is not None:
+        stages["embeddings"] = num_samples * sequence
+    return stages
+
+
+def format_plan(facts: dict[str, Any]) -> str:
+    """The plan as a table for people."""
+    memory, gib = facts["memory_per_gpu"], 2**30
+    lines = [
+        f"parameters        {facts['parameters']:,}",
+        f"training          {facts['tokens']:,} tokens in {facts['samples']:,} samples; data parallel {facts['data_parallel_size']}, "
+        f"{facts['micro_batches_per_step']} micro-batches per step",
+        f"                  {facts['training']['flops']:.3g} FLOPs, {_time(facts['training']['seconds'])} on {facts['training']['gpus']} GPUs",
+        f"memory per GPU    {memory['total'] / gib:.1f} GiB: "
+        + ", ".join(f"{name} {value / gib:.1f}" for name, value in memory.items() if name != "total"),
+        f"disk              {facts['disk_bytes'] / gib:.1f} GiB: {facts['checkpoints']} checkpoints of {facts['checkpoint_bytes'] / gib:.2f} GiB",
+    ]
+    pool = facts["pool"]
+    if pool:
+        lines.append(
+            f"pool              {pool['samples']:,} samples, {pool['tokens']:,} tokens in {pool['shards']} shards; the run reads {pool['epochs']:.2f} of it"
+        )
+    if facts["selection"]:
+        steps = facts["refresh_steps"]
+        lines.append(
+            f"selection         {len(steps)} refreshes"
+            + (f", at steps {steps[0]} to {steps[-1]}" if steps else "")
+            + f"; {100 * facts['selection_share_of_training']:.1f} % of the training FLOPs in all"
+        )
+        lines += [
+            f"  {name:<15} {stage['flops']:.3g} FLOPs, {_time(stage['seconds'])} per round" for name, stage in facts["selection"].items()
+        ]
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

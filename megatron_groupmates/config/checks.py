@@ -1,0 +1,127 @@
+"""Rules that span sections. Pure arithmetic on settings: the trainer, the server and a laptop check the same file."""
+
+from __future__ import annotations
+
+from megatron_groupmates.config.errors import UserError
+from megatron_groupmates.config.sections import Config
+
+
+def check_config(config: Config) -> None:
+    """Refuse combinations that cannot run.
+
+    Raises:
+        UserError: naming the settings by dotted path, both values and what to change.
+    """
+    _check_model(config)
+    _check_batches(config)
+    _check_schedule(config)
+    if config.selection.enabled:
+        _check_selection(config)
+
+
+def check_world_size(config: Config, world_size: int) -> int:
+    """The data-parallel size of a trainer with ``world_size`` ranks.
+
+    Raises:
+        UserError: when the ranks do not divide into tensor-parallel groups or the batch not over them.
+    """
+    tensor = config.parallel.tensor_model_parallel_size
+    if world_size % tensor:
+        raise UserError(
+            f"parallel.tensor_model_parallel_size: {tensor} does not divide the {world_size} started ranks; start a multiple of {tensor}"
+        )
+    data = world_size // tensor
+    micro, batch = config.training.micro_batch_size, config.training.global_batch_size
+    if batch % (micro * data):
+        raise UserError(
+            f"training.global_batch_size: {batch} is not a multiple of micro_batch_size {micro} x data-parallel size {data} "
+            f"({world_size} ranks / tensor_model_parallel_size {tensor}); choose a multiple of {micro * data}"
+        )
+    return data
+
+
+def server_tensor_parallel_size(config: Config) -> int:
+    """Ranks per oracle worker."""
+    return config.server.tensor_model_parallel_size or config.parallel.tensor_model_parallel_size
+
+
+def _check_model(config: Config) -> None:
+    model, tensor = config.model, config.parallel.tensor_model_parallel_size
+    groups = model.num_query_groups or model.num_attention_heads
+    if model.hidden_size % model.num_attention_heads:
+        raise UserError(
+            f"model.hidden_size: {model.hidden_size} is not a multiple of model.num_attention_heads {model.num_attention_heads}"
+        )
+    if model.hidden_size // model.num_attention_heads % 2:
+        raise UserError(
+            f"model.num_attention_heads: {model.num_attention_heads} gives heads of odd size "
+            f"{model.hidden_size // model.num_attention_heads}; rotary embeddings need an even size"
+        )
+    if model.num_attention_heads % groups:
+        raise UserError(f"model.num_query_groups: {groups} does not divide model.num_attention_heads {model.num_attention_heads}")
+    for parallel, where in ((tensor, "parallel"), (server_tensor_parallel_size(config), "server")):
+        path = f"{where}.tensor_model_parallel_size"
+        if groups % parallel:
+            raise UserError(f"{path}: {parallel} does not divide the {groups} query groups of the model")
+        if model.vocab_size % parallel:
+            raise UserError(
+                f"{path}: {parallel} does not divide model.vocab_size {model.vocab_size}; pad the vocabulary to a multiple of {parallel}"
+            )
+        if ffn_hidden_size(config) % parallel:
+            raise UserError(f"{path}: {parallel} does not divide the SwiGLU width {ffn_hidden_size(config)}")
+
+
+def ffn_hidden_size(config: Config) -> int:
+    """SwiGLU width: as set, or DCLM's rule (8/3 of the hidden size, rounded up to a multiple of 256)."""
+    if config.model.ffn_hidden_size is not None:
+        return config.model.ffn_hidden_size
+    return 256 * ((8 * config.model.hidden_size // 3 + 255) // 256)
+
+
+def _check_batches(config: Config) -> None:
+    training = config.training
+    if training.global_batch_size % training.micro_batch_size:
+        raise UserError(
+            f"training.global_batch_size: {training.global_batch_size} is not a multiple of "
+            f"training.micro_batch_size {training.micro_batch_size}"
+        )
+    if config.optimizer.zero_stage == 3 and config.selection.enabled:
+        raise UserError(
+            "optimizer.zero_stage: the selection server does not read ZeRO-3 checkpoints yet; use 1 or 2, or selection.enabled=false"
+        )
+
+
+def _check_schedule(config: Config) -> None:
+    optimizer, iters = config.optimizer, config.training.train_iters
+    decay = optimizer.decay_iters or iters
+    if optimizer.warmup_iters > decay:
+        raise UserError(f"optimizer.warmup_iters: {optimizer.warmup_iters} is longer than the schedule ({decay} steps)")
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        raise UserError(
+            f"optimizer.min_learning_rate: {optimizer.min_learning_rate} is above optimizer.learning_rate {optimizer.learning_rate}"
+        )
+
+
+def _check_selection(config: Config) -> None:
+    selection = config.selection
+    if config.data.reference is None and selection.method != "random":
+        raise UserError(
+            f"data.reference: required by selection.method {selection.method!r}: the held-out examples whose loss selection minimises"
+        )
+    if selection.ratio == 0.0:
+        raise UserError("selection.ratio: 0 selects nothing; use a share above 0 and at most 1")
+    if selection.max_staleness_steps is not None and selection.mode != "async":
+        raise UserError(f"selection.max_staleness_steps: only async mode uses it, selection.mode is {selection.mode!r}; unset it")
+    if selection.recipe == "paper":
+        for path, value, paper in (
+            ("relational.labels", config.relational.labels, "increments"),
+            ("relational.standardisation", config.relational.standardisation, "pooled"),
+            ("relational.relation", config.relational.relation, "product"),
+            ("oracle.estimator", config.oracle.estimator, "exact"),
+        ):
+            if value not in ("auto", paper):
+                raise UserError(f"{path}: {value!r} is not the paper's choice ({paper!r}); use it with selection.recipe=default")
+    if config.oracle.num_candidates < config.oracle.rollout_length:
+        raise UserError(
+            f"oracle.num_candidates: {config.oracle.num_candidates} is below oracle.rollout_length {config.oracle.rollout_length}"
+        )

@@ -1,0 +1,29 @@
+"""Learning-rate schedules as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_groupmates.config.sections import Config
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Learning rate of optimizer step number ``step`` (counted from 1).
+
+    Linear warm-up to the peak, then cosine, WSD (stable, then linear over the last ``decay_fraction``) or constant;
+    the minimum after ``decay_iters``.
+    """
+    settings = config.optimizer
+    peak, low, warmup = settings.learning_rate, settings.min_learning_rate, settings.warmup_iters
+    end = settings.decay_iters or config.training.train_iters
+    if step <= warmup:
+        return peak * step / warmup
+    if settings.schedule == "constant":
+        return peak
+    if step >= end:
+        return low
+    if settings.schedule == "cosine":
+        progress = (step - warmup) / (end - warmup)
+        return low + 0.5 * (peak - low) * (1.0 + math.cos(math.pi * progress))
+    decay_steps = max(1, round(settings.decay_fraction * end))
+    return low + (peak - low) * min(1.0, (end - step) / decay_steps)

@@ -1,0 +1,1 @@
+"""The megatron-core GPT, its losses and its sizes."""

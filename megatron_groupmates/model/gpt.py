@@ -1,0 +1,149 @@
+"""Build the GPT of a run from megatron-core: SwiGLU, rotary, QK-norm, RMS norms, no biases, untied output."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_groupmates.config import Config, ffn_hidden_size
+from megatron_groupmates.model.attention import SDPACoreAttention
+from megatron_groupmates.parallel import ParallelGroups
+
+logger = logging.getLogger(__name__)
+
+
+def build_gpt(config: Config, groups: ParallelGroups, tensor_model_parallel_size: int, dtype: torch.dtype) -> GPTModel:
+    """The run's model on this rank's device, with initial weights that do not depend on the tensor-parallel size.
+
+    Weights are drawn on the CPU, whole, from ``run.seed``, and each rank keeps its slice. Every rank must call.
+
+    Args:
+        config: the run.
+        groups: this rank's groups; its tensor-parallel size must equal ``tensor_model_parallel_size``.
+        tensor_model_parallel_size: ranks per model: the trainer's or the server's.
+        dtype: parameters and activations (float32 or bfloat16).
+    """
+    assert groups.tensor_size == tensor_model_parallel_size
+    torch.manual_seed(config.run.seed)
+    model = GPTModel(
+        config=_transformer_config(config, tensor_model_parallel_size, dtype),
+        transformer_layer_spec=_layer_spec(config, groups.device),
+        vocab_size=config.model.vocab_size,
+        max_sequence_length=config.model.sequence_length,
+        parallel_output=True,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=config.model.rotary_base,
+    )
+    model = model.to(device=groups.device, dtype=dtype)
+    _sum_query_key_norm_gradients(model, groups)
+    return model
+
+
+def token_logits(
+    model: torch.nn.Module,
+    tokens: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits of this rank's slice of the vocabulary: int64 ``[b, s]`` -> ``[b, s, vocab / tensor_size]``.
+
+    Collective over the tensor-parallel group.
+    """
+    if position_ids is None:
+        position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return model(tokens, position_ids, attention_mask)
+
+
+@torch.no_grad()
+def hidden_states(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Final hidden states after the last norm, the same on every tensor-parallel rank: int64 ``[b, s]`` -> ``[s, b, h]``.
+
+    Collective over the tensor-parallel group.
+    """
+    with _without_output_layer(model):
+        return token_logits(model, tokens)
+
+
+@contextlib.contextmanager
+def _without_output_layer(model: GPTModel) -> Iterator[None]:
+    model.post_process = False
+    try:
+        yield
+    finally:
+        model.post_process = True
+
+
+def _transformer_config(config: Config, tensor_model_parallel_size: int, dtype: torch.dtype) -> TransformerConfig:
+    shape = config.model
+
+    def draw(weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.init.normal_(weight, mean=0.0, std=shape.init_std)
+
+    def draw_residual(weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.init.normal_(weight, mean=0.0, std=shape.init_std / (2 * shape.num_layers) ** 0.5)
+
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=ffn_hidden_size(config),
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups or shape.num_attention_heads,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        qk_layernorm=True,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=draw,
+        output_layer_init_method=draw_residual,
+        use_cpu_initialization=True,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def _layer_spec(config: Config, device: torch.device) -> ModuleSpec:
+    if config.model.transformer_engine == "auto" and device.type == "cuda" and importlib.util.find_spec("transformer_engine"):
+        logger.info("layers: Transformer Engine")
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+    spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+    return spec
+
+
+def _sum_query_key_norm_gradients(model: GPTModel, groups: ParallelGroups) -> None:
+    """The q/k norm weights are shared by all heads, but each tensor-parallel rank sees only its own heads' gradient."""
+    if groups.tensor_size == 1:
+        return
+    group = groups.tensor_group
+
+    def total(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=group)
+        return gradient
+
+    for name, parameter in model.named_parameters():
+        if "q_layernorm" in name or "k_layernorm" in name:
+            parameter.register_hook(total)

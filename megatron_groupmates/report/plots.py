@@ -1,0 +1,203 @@
+"""Plots of a report as SVG text that takes its text and line colour from the page (light or dark)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from megatron_groupmates.report.figures import RANDOM, generations_with, overlap_matrix
+
+_INK = "#123456"  # stands for the page's text colour until the SVG is written
+_ARM_COLOURS = {"random": "#8c8c8c", "group": "#2f6fdb", "individual": "#e08a1e", "similarity": "#2a9d74",
+                "no selection": "#b07aa1"}
+_COLOURS = ("#c8553d", "#7a5ccf", "#3ba7c9", "#b8a12f", "#d1619c", "#5f7d3b", "#8d6e63")
+_POOL_COLOUR, _SELECTED_COLOUR = "#9aa4b2", "#2f6fdb"
+_STYLE = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": _INK,
+    "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.linewidth": 0.8, "axes.grid": True, "axes.axisbelow": True, "grid.color": _INK, "grid.alpha": 0.13,
+    "grid.linewidth": 0.7, "axes.titlesize": 10, "axes.titleweight": "bold", "legend.frameon": False,
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
+}
+
+
+@contextlib.contextmanager
+def style(name: str) -> Iterator[None]:
+    """The settings of every plot; ``name`` keeps ids distinct between the plots of a page, and output repeatable."""
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        yield
+
+
+def svg(figure: Figure, description: str) -> str:
+    """A figure as an ``<svg>`` element: no declarations, metadata or addresses; ink in the page's text colour."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.05,
+                   metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue()
+    text = text[text.index("<svg"):].replace(_INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"|font-family: [^;"]*;?', "", text)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    label = f'role="img" aria-label="{description}"'
+    return re.sub(r'(<svg[^>]*?) width="([\d.]+)pt"', rf'\1 {label} style="max-width:\2pt"', text, count=1)
+
+
+def arm_colours(summary: dict[str, Any]) -> dict[str, str]:
+    """A colour for each run; the first run of a method has the method's own."""
+    colours: dict[str, str] = {}
+    spare = iter(_COLOURS * len(summary["arms"]))
+    for label, arm in summary["arms"].items():
+        own = _ARM_COLOURS.get(arm["arm"])
+        colours[label] = own if own and own not in colours.values() else next(spare)
+    return colours
+
+
+def evaluation_plot(summary: dict[str, Any]) -> Figure:
+    """Evaluation loss against training tokens, a line for each run, a mark where a generation came into force.
+
+    With a random run there is a second panel: each run's loss less the first random run's at the same tokens.
+    """
+    colours = arm_colours(summary)
+    arms = {label: arm for label, arm in summary["arms"].items() if arm["evaluations"]}
+    curves = {label: np.array(arm["evaluations"], dtype=np.float64).T for label, arm in arms.items()}
+    baseline = next((curves[label] for label, arm in arms.items() if arm["arm"] == RANDOM), None)
+    figure = Figure(figsize=(9.6, 4), layout="constrained")
+    panels = figure.subplots(1, 1 if baseline is None else 2, squeeze=False)[0]
+    for label, arm in arms.items():
+        tokens, losses = curves[label]
+        adopted = [at for at in adoptions(arm) if tokens[0] <= at <= tokens[-1]]
+        _curve(panels[0], tokens, losses, adopted, colours[label], f"{label} ({losses[-1]:.3f})")
+        if baseline is not None:
+            _curve(panels[1], tokens, losses - np.interp(tokens, *baseline), adopted, colours[label], label)
+    if any(adoptions(arm) for arm in arms.values()):
+        panels[0].plot([], [], "v", color=_INK, markersize=7, label="new generation in force")
+    for axes, name in zip(panels, ("evaluation loss (nats per token)", "difference from random"), strict=False):
+        for at in sorted({arm["branch_tokens"] for arm in arms.values() if arm["branch_tokens"]}):
+            axes.axvline(at, color=_INK, linewidth=0.9, linestyle=(0, (2, 3)), alpha=0.6)
+        axes.set(xlabel="training tokens (dotted: the arms branch)", ylabel=name)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panels[0].legend(loc="upper right", fontsize=9)
+    return figure
+
+
+def adoptions(arm: dict[str, Any]) -> list[int]:
+    """Training tokens at which the generations of a run came into force."""
+    tokens = (generation["effective_tokens"] for generation in arm["generations"])
+    return [at for at in tokens if at is not None]
+
+
+def _curve(axes: Axes, tokens: np.ndarray, values: np.ndarray, marks: Sequence[float], colour: str, label: str) -> None:
+    """One run's line with triangles at ``marks`` (tokens)."""
+    axes.plot(tokens, values, color=colour, linewidth=1.8, label=label, zorder=3)
+    axes.plot(marks, np.interp(marks, tokens, values), "v", color=colour, markersize=8, markeredgecolor="white",
+              markeredgewidth=0.8, zorder=4)
+
+
+def _heat_map(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Percentages (0 to 1, NaN for none) on a blue scale, each printed in its cell."""
+    largest = max(float(np.nanmax(values)), 1e-9)
+    axes.pcolormesh(np.arange(len(columns) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5, np.ma.masked_invalid(values),
+                    cmap="Blues", vmin=0, vmax=1.25 * largest, edgecolors="face", linewidth=0.3)
+    axes.invert_yaxis()
+    for (row, column), value in np.ndenumerate(values):
+        if math.isfinite(value):
+            axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=8.5,
+                      color="white" if value > 0.75 * largest else "#1c2733")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def kinds_plot(summary: dict[str, Any]) -> Figure | None:
+    """Share of each kind's candidates that each generation selected; by the last generation's share, highest first."""
+    found = generations_with(summary, "selected_by_kind")
+    if not found:
+        return None
+    tables = [{kind: counts["selected"] / counts["candidates"]
+               for kind, counts in generation["selected_by_kind"].items() if counts["candidates"]}
+              for _, generation in found]
+    kinds = sorted({kind for table in tables for kind in table}, key=lambda kind: (-tables[-1].get(kind, -1.0), kind))
+    values = np.array([[table.get(kind, math.nan) for table in tables] for kind in kinds])
+    columns = [f"{label}\n{generation['generation']}" for label, generation in found]
+    figure = Figure(figsize=(2.2 + 0.8 * len(columns), 1 + 0.27 * len(kinds)))
+    axes = figure.add_subplot()
+    _heat_map(axes, values, kinds, columns)
+    axes.xaxis.tick_top()
+    return figure
+
+
+def influence_plot(summary: dict[str, Any]) -> Figure | None:
+    """Predicted individual influence of the pool and of what was selected, a panel for each generation."""
+    found = generations_with(summary, "influence_histogram")
+    if not found:
+        return None
+    columns = 2 if len(found) == 4 else min(3, len(found))
+    rows = math.ceil(len(found) / columns)
+    figure = Figure(figsize=(3.1 * columns, 2.4 * rows), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for axes in panels[len(found):]:
+        axes.remove()
+    for number, (axes, (label, generation)) in enumerate(zip(panels, found, strict=False)):
+        histogram = generation["influence_histogram"]
+        edges = np.array(histogram["edges"], dtype=np.float64)
+        for name, colour, alpha in (("pool", _POOL_COLOUR, 0.55), ("selected", _SELECTED_COLOUR, 0.75)):
+            axes.stairs(histogram[name], edges, fill=True, color=colour, alpha=alpha, label=name)
+        if edges[0] < 0 < edges[-1]:
+            axes.axvline(0, color=_INK, linewidth=0.7, alpha=0.5)
+        axes.set_title(f"{label}, generation {generation['generation']}")
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        if number == 0:
+            axes.legend(loc="upper right", fontsize=9)
+            axes.set_ylabel("samples")
+        axes.set_xlabel("individual influence")
+    return figure
+
+
+def overlap_plot(summary: dict[str, Any]) -> Figure | None:
+    """Overlap of the methods' selections, a matrix for the last generation of each run that has one."""
+    found = list(dict(generations_with(summary, "overlap")).items())
+    if not found:
+        return None
+    figure = Figure(figsize=(3.9 * len(found), 2.6), layout="constrained")
+    for axes, (label, generation) in zip(np.atleast_1d(figure.subplots(1, len(found))), found, strict=True):
+        names, matrix = overlap_matrix(generation["overlap"])
+        _heat_map(axes, np.array(matrix, dtype=np.float64), names, names)
+        axes.set_title(f"{label}, generation {generation['generation']}")
+    return figure
+
+
+def cost_plot(summary: dict[str, Any]) -> Figure | None:
+    """Time and FLOPs of training and of each selection stage, a bar for each run."""
+    arms = {label: arm["stages"] for label, arm in summary["arms"].items()}
+    stages = list(dict.fromkeys(stage for table in arms.values() for stage in table))
+    if not any(row["seconds"] or row["flops"] for table in arms.values() for row in table.values()):
+        return None
+    figure = Figure(figsize=(9, 1.5 + 0.34 * len(arms)), layout="constrained")
+    seconds_axes, flops_axes = figure.subplots(1, 2, sharey=True)
+    for axes, unit in ((seconds_axes, "seconds"), (flops_axes, "flops")):
+        left = np.zeros(len(arms))
+        for number, stage in enumerate(stages):
+            widths = np.array([table.get(stage, {}).get(unit, 0.0) for table in arms.values()])
+            colour = _POOL_COLOUR if stage == "training" else _COLOURS[(number - 1) % len(_COLOURS)]
+            axes.barh(list(arms), widths, left=left, height=0.62, color=colour, label=stage)
+            left += widths
+        axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel("seconds" if unit == "seconds" else "FLOPs")
+    seconds_axes.invert_yaxis()
+    handles, labels = seconds_axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(stages)), fontsize=9)
+    return figure

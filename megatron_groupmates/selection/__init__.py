@@ -1,0 +1,1 @@
+"""Clustering, greedy group selection, token budgets and baselines: arrays in, rows out; knows nothing of models."""

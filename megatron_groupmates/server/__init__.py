@@ -1,0 +1,1 @@
+"""The selection server: waits for checkpoints, runs rounds, publishes generations."""

@@ -1,0 +1,163 @@
+"""What the stages of one round share, and how a stage's result is kept so that a killed round goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_groupmates import __version__
+from megatron_groupmates.config import Config, RunPaths, config_to_dict
+from megatron_groupmates.model.sizes import ModelSize, model_size
+from megatron_groupmates.parallel import ParallelGroups
+from megatron_groupmates.pool.index import PoolIndex
+from megatron_groupmates.pool.order import derive_key
+from megatron_groupmates.pool.reader import PoolReader
+from megatron_groupmates.server.recipe import Recipe, resolve_recipe
+from megatron_groupmates.utils.files import atomic_file, read_json, sha256_json, write_json
+
+logger = logging.getLogger(__name__)
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundInput:
+    """What a round starts from, the same on every rank.
+
+    Attributes:
+        number: of the generation it publishes.
+        tag_dir: the checkpoint's directory.
+        step: the checkpoint's.
+        consumed_train_samples: global samples trained on at the checkpoint.
+    """
+
+    number: int
+    tag_dir: Path
+    step: int
+    consumed_train_samples: int
+
+    @property
+    def tag(self) -> str:
+        """Name of the checkpoint."""
+        return self.tag_dir.name
+
+
+class RoundContext:
+    """One round's directory, data and bookkeeping. Methods marked collective are called by every rank."""
+
+    def __init__(self, config: Config, groups: ParallelGroups, pool: PoolIndex, given: RoundInput) -> None:
+        self.config = config
+        self.groups = groups
+        self.pool = pool
+        self.input = given
+        self.recipe: Recipe = resolve_recipe(config)
+        self.paths = RunPaths(Path(config.run.output_dir))
+        self.directory = self.paths.round(given.number)
+        self.size: ModelSize = model_size(config)
+        self.read_samples = sample_reader(pool, groups.device)
+
+    def seed(self, purpose: str) -> int:
+        """A seed of its own for each purpose in each round."""
+        return derive_key(self.config.run.seed, "round", self.input.number, purpose) % 2**31
+
+    def begin(self) -> None:
+        """Bind the directory to this checkpoint and these settings; work for others is moved aside. Collective."""
+        facts = {
+            "number": self.input.number,
+            "tag": self.input.tag,
+            "step": self.input.step,
+            "consumed_train_samples": self.input.consumed_train_samples,
+            "pool_fingerprint": self.pool.fingerprint,
+            "code_version": __version__,
+            "settings": sha256_json(
+                {section: config_to_dict(self.config)[section] for section in ("model", "optimizer", "selection", "oracle", "relational")}
+            ),
+        }
+        if self.groups.is_main:
+            path = self.directory / "round.json"
+            if self.directory.exists() and (not path.exists() or read_json(path) != facts):
+                aside = self.directory.with_name(f"{self.directory.name}.stale-{time.time_ns()}")
+                logger.info(
+                    "round %d: earlier work was for another checkpoint or other settings; moved to %s",
+                    self.input.number,
+                    aside,
+                )
+                self.directory.rename(aside)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_json(path, facts)
+        self.groups.barrier()
+
+    def stage(self, name: str, collect: Callable[[], Arrays], work: Callable[[], None] | None = None, flops: float = 0.0) -> None:
+        """Run a stage and keep its arrays, unless an earlier run finished it. Collective.
+
+        Args:
+            name: of the stage and of the file that keeps its result.
+            collect: called on the main rank alone; the arrays to keep.
+            work: called before it on every rank; what it leaves for ``collect`` lies in files.
+            flops: of the stage, for the report.
+        """
+        path = self.directory / f"{name}.npz"
+        if self.groups.broadcast_object(path.exists()):
+            return
+        with self.bookkeeping(name, flops):
+            if work is not None:
+                work()
+                self.groups.barrier()
+            if self.groups.is_main:
+                with atomic_file(path) as file:
+                    np.savez(file, **collect())
+        self.groups.barrier()
+
+    def arrays(self, name: str) -> Arrays:
+        """What a finished stage kept."""
+        with np.load(self.directory / f"{name}.npz") as content:
+            return {key: content[key] for key in content.files}
+
+    @contextlib.contextmanager
+    def bookkeeping(self, name: str, flops: float) -> Iterator[None]:
+        """Announce a stage, and record its seconds and FLOPs when it is done."""
+        logger.info("round %d: %s", self.input.number, name.replace("_", " "))
+        write_server_state(self, name)
+        started = time.monotonic()
+        yield
+        if self.groups.is_main:
+            write_json(
+                self.directory / f"{name}.stage.json",
+                {"seconds": round(time.monotonic() - started, 3), "flops": float(flops)},
+            )
+
+    def stage_costs(self) -> dict[str, Any]:
+        """Seconds and FLOPs of every finished stage."""
+        return {path.name.removesuffix(".stage.json"): read_json(path) for path in sorted(self.directory.glob("*.stage.json"))}
+
+
+def sample_reader(pool: PoolIndex, device: torch.device) -> Callable[[np.ndarray], torch.Tensor]:
+    """A function from pool rows int64 ``[n]`` to their tokens int64 ``[n, s + 1]`` on ``device``."""
+    reader = PoolReader(pool)
+    return lambda rows: torch.from_numpy(np.stack(reader.read_many(rows))).to(device)
+
+
+def write_server_state(context: RoundContext, stage: str) -> None:
+    """Tell ``status`` where the server stands. Does nothing but on the main rank."""
+    record_server_state(
+        context.paths,
+        context.groups,
+        "selecting",
+        round=context.input.number,
+        stage=stage,
+        checkpoint_tag=context.input.tag,
+    )
+
+
+def record_server_state(paths: RunPaths, groups: ParallelGroups, state: str, **facts: Any) -> None:
+    """Replace ``server.json`` on the main rank."""
+    if groups.is_main:
+        write_json(paths.server_state, {"state": state, **facts, "updated": round(time.time(), 1)})

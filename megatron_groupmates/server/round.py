@@ -1,0 +1,179 @@
+"""One selection round: checkpoint -> oracles -> relational model -> embeddings -> clusters -> published generation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_groupmates import __version__
+from megatron_groupmates.checkpoint.zero import ZeroCheckpoint
+from megatron_groupmates.config import Config, UserError, config_to_dict, server_tensor_parallel_size
+from megatron_groupmates.influence.encoder import Encoder, HuggingFaceEncoder, ProbeEncoder
+from megatron_groupmates.influence.oracle import draw_random_rollouts
+from megatron_groupmates.influence.probe import Probe
+from megatron_groupmates.influence.reference import load_reference
+from megatron_groupmates.influence.relational import RelationalModel
+from megatron_groupmates.model.gpt import build_gpt
+from megatron_groupmates.parallel import resolve_precision
+from megatron_groupmates.pool.generation import generation_path, load_generation, publish, write_generation
+from megatron_groupmates.pool.index import PoolIndex
+from megatron_groupmates.server.context import RoundContext
+from megatron_groupmates.server.selecting import select_generation
+from megatron_groupmates.server.stages import (
+    choose_candidates,
+    draw_bootstrap,
+    embed_pool,
+    encode,
+    fit_model,
+    last_good_model,
+    measure_oracles,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def run_round(context: RoundContext, reference_pool: PoolIndex, consumed: np.ndarray) -> int:
+    """Measure, fit, select, publish; goes on from what an earlier run of this round finished. Collective: every rank calls.
+
+    Args:
+        context: the round.
+        reference_pool: D_ref.
+        consumed: bool ``[num_samples]``, rows that training had consumed at the checkpoint.
+
+    Returns:
+        Number of the generation now published.
+
+    Raises:
+        UserError: the checkpoint, the pool or every fit is unusable; nothing is published.
+    """
+    context.begin()
+    if context.groups.broadcast_object(generation_path(context.paths.selection, context.input.number).exists()):
+        return _publish(context)
+    available = np.flatnonzero(~consumed)
+    method = context.config.selection.method
+    if method == "random":
+        return _finish(context, available, None, {})
+
+    probe, encoder = load_probe(context, reference_pool)
+    if method == "similarity":
+        embed_pool(context, encoder, None)
+        examples = np.arange(min(context.config.oracle.reference_samples, reference_pool.num_samples))
+        reference = encode(context, encoder, reference_pool, examples, "reference")
+        return _finish(context, available, None, {}, reference)
+
+    model, fit = learn_influence(context, probe, encoder, available)
+    embed_pool(context, encoder, model)
+    return _finish(context, available, model, fit)
+
+
+def learn_influence(context: RoundContext, probe: Probe, encoder: Encoder, available: np.ndarray) -> tuple[RelationalModel, dict[str, Any]]:
+    """Random oracles, ``init`` fit, bootstrap oracles, ``final`` fit (paper sections 3.1 to 3.3). Collective.
+
+    Returns:
+        The model to select with and the reports of both fits.
+
+    Raises:
+        UserError: every fit was refused and no earlier round left a good model.
+    """
+    oracle = context.config.oracle
+    candidates = choose_candidates(context, available)
+    features = encode(context, encoder, context.pool, candidates, "candidates")
+
+    rollouts = draw_random_rollouts(oracle.num_random_rollouts, oracle.rollout_length, len(candidates), context.seed("random rollouts"))
+    losses = measure_oracles(context, "oracle_random", probe, candidates, rollouts)
+    model, init_report = fit_model(context, "init", features, rollouts, losses)
+    reports = {"init": init_report}
+
+    if model is not None and oracle.num_bootstrap_rollouts:
+        bootstrap = draw_bootstrap(context, model, features)
+        more = measure_oracles(context, "oracle_bootstrap", probe, candidates, bootstrap)
+        rollouts, losses = np.concatenate([rollouts, bootstrap]), np.concatenate([losses, more])
+    final, reports["final"] = fit_model(context, "final", features, rollouts, losses)
+    if final is not None:
+        return final, reports
+    earlier = last_good_model(context)
+    if earlier is None:
+        raise UserError(
+            "every fit of the relational model has the wrong sign on held-out rollouts, and there is no earlier model to fall "
+            "back on; raise oracle.num_random_rollouts or lower oracle.learning_rate"
+        )
+    logger.warning("round %d: every fit was refused; selecting with the last good model, %s", context.input.number, earlier[1])
+    return earlier[0], {**reports, "fell_back_on": str(earlier[1].relative_to(context.paths.root))}
+
+
+def load_probe(context: RoundContext, reference_pool: PoolIndex) -> tuple[Probe, Encoder]:
+    """The round's checkpoint as a probe, and the encoder. Collective."""
+    config, groups = context.config, context.groups
+    with context.bookkeeping("load_checkpoint", 0.0):
+        model = build_gpt(config, groups, server_tensor_parallel_size(config), resolve_precision(config.training.precision))
+        reference = load_reference(reference_pool, config.model.sequence_length, config.oracle.reference_samples, groups.device)
+        probe = Probe(model, config, groups, reference, config.oracle.reference_batch_size)
+        probe.load(ZeroCheckpoint(context.input.tag_dir))
+        return probe, build_encoder(config, model, context.pool, groups.device)
+
+
+def build_encoder(config: Config, model: Any, pool: PoolIndex, device: Any) -> Encoder:
+    """The encoder that ``relational.encoder`` names."""
+    if config.relational.encoder == "probe":
+        return ProbeEncoder(model, config.model.hidden_size)
+    return HuggingFaceEncoder(config.relational.encoder, pool_detokeniser(pool), config.relational.encoder_max_tokens, device)
+
+
+def pool_detokeniser(pool: PoolIndex) -> Callable[[list[int]], str]:
+    """Token ids -> text by the tokenizer that lies beside the pool."""
+    from tokenizers import Tokenizer
+
+    path = Path(pool.directory) / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"relational.encoder: {pool.directory} has no tokenizer.json to turn tokens back into text; copy the pool's there")
+    tokenizer = Tokenizer.from_file(str(path))
+    return lambda ids: tokenizer.decode(ids)
+
+
+def _finish(
+    context: RoundContext,
+    available: np.ndarray,
+    model: RelationalModel | None,
+    fit: dict[str, Any],
+    reference_features: np.ndarray | None = None,
+) -> int:
+    """Select, write the generation with its provenance, publish."""
+    reports = select_generation(context, available, model.relation_values() if model else None, reference_features)
+    if context.groups.is_main:
+        provenance = {
+            "method": context.config.selection.method,
+            "recipe": context.config.selection.recipe,
+            "checkpoint_tag": context.input.tag,
+            "checkpoint_step": context.input.step,
+            "consumed_train_samples": context.input.consumed_train_samples,
+            "pool_fingerprint": context.pool.fingerprint,
+            "seed": context.config.run.seed,
+            "code_version": __version__,
+            "config": config_to_dict(context.config),
+            "stages": context.stage_costs(),
+            "fit": fit,
+            **reports,
+        }
+        write_generation(context.paths.selection, context.input.number, context.pool, context.arrays("selection")["rows"], provenance)
+    context.groups.barrier()
+    return _publish(context)
+
+
+def _publish(context: RoundContext) -> int:
+    number = context.input.number
+    generation = load_generation(context.paths.selection, number, context.pool)
+    if context.groups.is_main:
+        publish(context.paths.selection, number)
+    context.groups.barrier()
+    logger.info(
+        "round %d: published generation %d (%s samples of %s)",
+        number,
+        number,
+        f"{generation.num_samples:,}",
+        f"{context.pool.num_samples:,}",
+    )
+    return number

@@ -1,0 +1,202 @@
+"""The stages of a round: each computes one artefact from those before it. All are collective: every rank calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_groupmates.config import learning_rate
+from megatron_groupmates.influence.bootstrap import bootstrap_rollouts
+from megatron_groupmates.influence.encoder import Encoder, encode_rows
+from megatron_groupmates.influence.fit import FitReport, FitResult, fit_relational
+from megatron_groupmates.influence.labels import influence_labels
+from megatron_groupmates.influence.oracle import measure_rollouts
+from megatron_groupmates.influence.probe import Probe
+from megatron_groupmates.influence.relational import RelationalModel
+from megatron_groupmates.pool.index import PoolIndex
+from megatron_groupmates.server.context import Arrays, RoundContext, sample_reader
+from megatron_groupmates.utils.files import atomic_file, read_json, write_json
+from megatron_groupmates.utils.progress import progress_bar
+
+_EMBED_CHUNK_ROWS = 8192
+
+
+def choose_candidates(context: RoundContext, available: np.ndarray) -> np.ndarray:
+    """Pool rows int64 ``[num_candidates]`` the rollouts are drawn from: uniform among the ``available`` rows."""
+    generator = np.random.default_rng(context.seed("candidates"))
+    count = min(context.config.oracle.num_candidates, len(available))
+    return np.sort(generator.choice(available, size=count, replace=False))
+
+
+def oracle_learning_rate(context: RoundContext) -> float:
+    """The oracle's own learning rate, or the trainer's at its next step."""
+    own = context.config.oracle.learning_rate
+    return learning_rate(context.config, context.input.step + 1) if own is None else own
+
+
+def measure_oracles(context: RoundContext, name: str, probe: Probe, candidates: np.ndarray, rollouts: np.ndarray) -> np.ndarray:
+    """Reference losses float64 ``[R, T + 1]`` of ``rollouts`` (candidate numbers int64 ``[R, T]``).
+
+    Each oracle worker takes every ``workers``-th chunk and writes it when done; chunks an earlier run wrote are not
+    measured again. A rollout's numbers do not depend on who measures it.
+    """
+    oracle = context.config.oracle
+    reference_tokens = oracle.reference_samples * context.config.model.sequence_length
+    step_flops = 3 * context.size.forward_flops_per_token * context.config.model.sequence_length
+    if oracle.estimator == "exact":
+        step_flops += context.size.forward_flops_per_token * reference_tokens
+
+    def measure(first: int, done: Callable[[int], object]) -> Arrays:
+        part = rollouts[first : first + oracle.chunk_rollouts]
+        return {
+            "losses": measure_rollouts(
+                probe,
+                part,
+                lambda numbers: context.read_samples(candidates[numbers]),
+                oracle_learning_rate(context),
+                oracle.estimator,
+                done,
+            )
+        }
+
+    chunks = Chunks(context, name, len(rollouts), oracle.chunk_rollouts)
+    context.stage(name, chunks.collect, lambda: chunks.work(measure, "rollout"), flops=float(rollouts.size * step_flops))
+    return context.arrays(name)["losses"]
+
+
+def encode(context: RoundContext, encoder: Encoder, pool: PoolIndex, rows: np.ndarray, name: str) -> np.ndarray:
+    """Features float32 ``[n, F]`` of ``rows`` of ``pool`` (the run's or a held-out one), encoded by all workers."""
+    read_samples = sample_reader(pool, context.groups.device)
+
+    def encode_chunk(first: int, done: Callable[[int], object]) -> Arrays:
+        part = rows[first : first + _EMBED_CHUNK_ROWS]
+        return {"features": encode_rows(encoder, part, read_samples, context.config.server.embed_batch_size, done)}
+
+    chunks = Chunks(context, name, len(rows), _EMBED_CHUNK_ROWS)
+    context.stage(name, chunks.collect, lambda: chunks.work(encode_chunk, "sample"), flops=_encoding_flops(context, len(rows)))
+    return context.arrays(name)["features"]
+
+
+def fit_model(
+    context: RoundContext, name: str, features: np.ndarray, rollouts: np.ndarray, losses: np.ndarray
+) -> tuple[RelationalModel | None, FitReport]:
+    """Fit on ``rollouts`` with ``losses``; None when every fit came out with the wrong sign. Kept as ``<name>/``."""
+    directory = context.directory / name
+    if not context.groups.broadcast_object((directory / "report.json").exists()):
+        settings = context.recipe.fit
+        flops = 6.0 * rollouts.size * settings.epochs * features.shape[1] * (settings.embedding_dim or 1)
+        with context.bookkeeping(name, flops):
+            labels = influence_labels(losses, context.recipe.labels, context.config.optimizer.beta1)
+            result: FitResult = fit_relational(features[rollouts], labels, settings, context.seed("fit"), dist.group.WORLD)
+            if context.groups.is_main:
+                directory.mkdir(parents=True, exist_ok=True)
+                if result.model is not None:
+                    result.model.save(directory)
+                write_json(directory / "report.json", result.report)
+        context.groups.barrier()
+    report = read_json(directory / "report.json")
+    return (RelationalModel.load(directory) if report["accepted"] else None), report
+
+
+def draw_bootstrap(context: RoundContext, model: RelationalModel, features: np.ndarray) -> np.ndarray:
+    """Bootstrap rollouts int64 ``[R, T]`` (candidate numbers) that the model predicts to be best and worst (paper section 3.3)."""
+
+    def collect() -> Arrays:
+        embeddings, individual = embed_features(model, features)
+        return {
+            "rollouts": bootstrap_rollouts(
+                embeddings,
+                individual,
+                model.relation_values(),
+                context.config.oracle.num_bootstrap_rollouts,
+                context.config.oracle.rollout_length,
+                context.recipe.bootstrap,
+                context.seed("bootstrap"),
+            )
+        }
+
+    context.stage("bootstrap", collect)
+    return context.arrays("bootstrap")["rollouts"]
+
+
+def embed_features(model: RelationalModel, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings h float32 ``[n, d]`` and individual influences s float64 ``[n]`` of features ``[n, F]``."""
+    with torch.no_grad():
+        h = model.embed(torch.from_numpy(features))
+        return h.numpy(), model.individual(h).double().numpy()
+
+
+def embed_pool(context: RoundContext, encoder: Encoder, model: RelationalModel | None) -> None:
+    """Keep embeddings float16 ``[num_samples, d]`` and individual influences float64 ``[num_samples]`` of the whole pool.
+
+    Without a model (similarity to the reference) the embeddings are the encoder's features, float32, and the influences zero.
+    """
+
+    def embed(first: int, done: Callable[[int], object]) -> Arrays:
+        rows = np.arange(first, min(first + _EMBED_CHUNK_ROWS, context.pool.num_samples))
+        features = encode_rows(encoder, rows, context.read_samples, context.config.server.embed_batch_size, done)
+        if model is None:
+            return {"embeddings": features, "individual": np.zeros(len(rows))}
+        h, s = embed_features(model, features)
+        return {"embeddings": h.astype(np.float16), "individual": s}
+
+    chunks = Chunks(context, "embeddings", context.pool.num_samples, _EMBED_CHUNK_ROWS)
+    context.stage(
+        "embeddings",
+        chunks.collect,
+        lambda: chunks.work(embed, "sample"),
+        flops=_encoding_flops(context, context.pool.num_samples),
+    )
+
+
+def last_good_model(context: RoundContext) -> tuple[RelationalModel, Path] | None:
+    """The newest accepted ``final`` model of an earlier round of this run."""
+    for number in range(context.input.number - 1, 0, -1):
+        directory = context.paths.round(number) / "final"
+        if (directory / "report.json").exists() and read_json(directory / "report.json")["accepted"]:
+            return RelationalModel.load(directory), directory
+    return None
+
+
+def _encoding_flops(context: RoundContext, num_samples: int) -> float:
+    return float(num_samples * context.config.model.sequence_length * context.size.forward_flops_per_token)
+
+
+class Chunks:
+    """Work cut into chunks that oracle workers share; each is written when done, so that a killed server loses little."""
+
+    def __init__(self, context: RoundContext, name: str, total: int, size: int) -> None:
+        """Chunks of ``size`` of ``total`` items, kept in the round's directory ``name``."""
+        self._context, self._name, self._total, self._size = context, name, total, size
+        self._paths = {first: context.directory / name / f"chunk-{first // size:06d}.npz" for first in range(0, total, size)}
+
+    def work(self, compute: Callable[[int, Callable[[int], object]], Arrays], unit: str) -> None:
+        """Compute what is missing. Collective.
+
+        Args:
+            compute: (first item, call with the number of items done) -> arrays; all ranks of a tensor-parallel group call it together.
+            unit: name of one item.
+        """
+        groups = self._context.groups
+        done = groups.broadcast_object({first for first, path in self._paths.items() if path.exists()})
+        mine = [first for number, first in enumerate(self._paths) if number % groups.data_size == groups.data_rank and first not in done]
+        amount = sum(min(self._size, self._total - first) for first in mine)
+        label = f"round {self._context.input.number}: {self._name.replace('_', ' ')}"
+        with progress_bar(amount, label, unit=unit, enabled=groups.is_main and amount > 0) as bar:
+            for first in mine:
+                arrays = compute(first, bar.update)
+                if groups.tensor_rank == 0:
+                    with atomic_file(self._paths[first]) as file:
+                        np.savez(file, **arrays)
+
+    def collect(self) -> Arrays:
+        """All chunks in order, joined."""
+        parts = []
+        for path in self._paths.values():
+            with np.load(path) as content:
+                parts.append({key: content[key] for key in content.files})
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}

@@ -1,0 +1,177 @@
+"""Waiting for checkpoints and running a round for each planned refresh."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+
+from megatron_groupmates.checkpoint.discovery import check_complete, latest_tag, tag_step
+from megatron_groupmates.checkpoint.zero import ZeroCheckpoint
+from megatron_groupmates.config import Config, RunPaths, UserError, refresh_number, refresh_steps
+from megatron_groupmates.parallel import ParallelGroups
+from megatron_groupmates.pool.generation import load_generation, read_pointer, read_provenance
+from megatron_groupmates.pool.index import PoolIndex
+from megatron_groupmates.pool.log import LogEntry, read_log
+from megatron_groupmates.pool.order import SampleOrder
+from megatron_groupmates.server.context import RoundContext, RoundInput, record_server_state
+from megatron_groupmates.server.round import run_round
+from megatron_groupmates.training.data import check_same_tokenizer, open_pool
+from megatron_groupmates.training.metrics import read_training_state
+from megatron_groupmates.utils.files import write_json
+from megatron_groupmates.utils.run_directory import find_checkpoint, generation_log_source
+
+logger = logging.getLogger(__name__)
+
+_POLL_SLICE_SECONDS = 10.0  # below any collective's timeout, so that ranks waiting for rank 0 never look hung
+_FINISHED, _IDLE = "finished", "idle"
+
+
+def serve(config: Config, groups: ParallelGroups, once: bool) -> bool:
+    """Run rounds until the run is over, or one round. Collective: every rank must call.
+
+    A round that fails leaves the old generation live and is recorded; the server goes on with the next.
+
+    Returns:
+        False when the last round failed.
+
+    Raises:
+        UserError: bad pool or reference set; with ``once`` also when there is no checkpoint.
+    """
+    paths = RunPaths(Path(config.run.output_dir))
+    pool = open_pool(config, config.data.pool, "data.pool")
+    reference = pool
+    if config.data.reference is not None:
+        reference = open_pool(config, config.data.reference, "data.reference")
+        check_same_tokenizer(pool, reference, "data.reference")
+    succeeded = True
+    while True:
+        tag_dir = _newest_tag(config) if once else _await_refresh(config, paths, groups)
+        if tag_dir is None:
+            break
+        number = groups.broadcast_object(_round_number(config, paths, tag_step(tag_dir.name)) if groups.is_main else None)
+        if number is None:
+            logger.info("the selection for %s is already published; nothing to do", tag_dir.name)
+            break
+        succeeded = _try_round(config, groups, paths, pool, reference, number, tag_dir)
+        if once:
+            break
+    record_server_state(paths, groups, "finished" if succeeded else "failed")
+    return succeeded
+
+
+def _try_round(
+    config: Config,
+    groups: ParallelGroups,
+    paths: RunPaths,
+    pool: PoolIndex,
+    reference: PoolIndex,
+    number: int,
+    tag_dir: Path,
+) -> bool:
+    try:
+        check_complete(tag_dir)
+        checkpoint = ZeroCheckpoint(tag_dir)
+        consumed_samples = int(checkpoint.client_state["consumed_train_samples"])
+        given = RoundInput(
+            number=number,
+            tag_dir=tag_dir,
+            step=int(checkpoint.client_state["step"]),
+            consumed_train_samples=consumed_samples,
+        )
+        context = RoundContext(config, groups, pool, given)
+        paths.round_failure(number).unlink(missing_ok=True)
+        run_round(context, reference, _consumed_rows(config, pool, consumed_samples))
+    except UserError as error:
+        # Raised alike on every rank; anything else ends the job and is a matter for a restart.
+        logger.error("round %d failed, the old generation stays live: %s", number, error)
+        if groups.is_main:
+            write_json(paths.round_failure(number), {"checkpoint_tag": tag_dir.name, "reason": str(error)})
+        groups.barrier()
+        return False
+    return True
+
+
+def _consumed_rows(config: Config, pool: PoolIndex, consumed_train_samples: int) -> np.ndarray:
+    """bool ``[num_samples]``: what training had consumed at the checkpoint, by the generation log; a new epoch forgets."""
+    paths = generation_log_source(config)
+    entries = read_log(paths.generation_log) or (LogEntry(generation=0, effective_sample=0, epoch=0, digest=""),)
+    entries = tuple(entry for entry in entries if entry.effective_sample < max(1, consumed_train_samples))
+    masks = {0: np.ones(pool.num_samples, dtype=bool)}
+    masks |= {number: load_generation(paths.selection, number, pool).mask for number in {entry.generation for entry in entries} - {0}}
+    consumed = SampleOrder(pool.num_samples, config.run.seed, entries, masks).consumed(consumed_train_samples)
+    return np.zeros_like(consumed) if consumed.all() else consumed
+
+
+def _round_number(config: Config, paths: RunPaths, step: int) -> int | None:
+    """Number of the generation to make from the checkpoint of ``step``; None when a published one is from there or later."""
+    published = read_pointer(paths.selection) or 0
+    if published and _checkpoint_step(paths, published) >= step:
+        return None
+    return max(refresh_number(config, step) or 0, published + 1)
+
+
+def _checkpoint_step(paths: RunPaths, number: int) -> int:
+    return int(read_provenance(paths.selection, number).get("checkpoint_step", -1))
+
+
+def _newest_tag(config: Config) -> Path:
+    """The newest complete checkpoint of the run, or the one it will branch from."""
+    found = find_checkpoint(config)
+    if found is None:
+        checkpoints = RunPaths(Path(config.run.output_dir)).checkpoints
+        raise UserError(f"{checkpoints} holds no complete checkpoint (no file 'latest'); start the trainer first")
+    directory, tag = found
+    tag = tag or latest_tag(directory)
+    if tag is None:
+        raise UserError(f"checkpoint.load: {directory} holds no complete checkpoint (no file 'latest')")
+    return directory / tag
+
+
+def _await_refresh(config: Config, paths: RunPaths, groups: ParallelGroups) -> Path | None:
+    """Directory of the newest refresh checkpoint that has no generation yet; None when there will be no more. Collective."""
+    started, told = time.monotonic(), False
+    while True:
+        found = groups.broadcast_object(_poll(config, paths, started) if groups.is_main else None)
+        if found == _FINISHED:
+            logger.info("no further refresh is planned; the server ends")
+            return None
+        if found == _IDLE:
+            logger.info("no new checkpoint for %g s; the server ends", config.server.idle_timeout_seconds)
+            return None
+        if found is not None:
+            return paths.checkpoints / found
+        if not told:
+            record_server_state(paths, groups, "waiting")
+            logger.info("waiting for the checkpoint of a planned refresh in %s", paths.checkpoints)
+            told = True
+
+
+def _poll(config: Config, paths: RunPaths, started: float) -> str | None:
+    """Rank 0: look for a slice of time; a tag, ``_FINISHED``, ``_IDLE``, or None to be asked again."""
+    slice_end = time.monotonic() + _POLL_SLICE_SECONDS
+    while time.monotonic() < slice_end:
+        open_steps = [step for step in refresh_steps(config) if _is_open(config, paths, step)]
+        newest = latest_tag(paths.checkpoints)
+        ready = [
+            step
+            for step in open_steps
+            if newest is not None and step <= tag_step(newest) and (paths.checkpoints / f"global_step{step}").is_dir()
+        ]
+        if ready:
+            return f"global_step{ready[-1]}"
+        if not open_steps or read_training_state(paths).get("state") == "finished":
+            return _FINISHED
+        idle = config.server.idle_timeout_seconds
+        if idle is not None and time.monotonic() - started > idle:
+            return _IDLE
+        time.sleep(config.server.poll_interval_seconds)
+    return None
+
+
+def _is_open(config: Config, paths: RunPaths, step: int) -> bool:
+    """Whether the refresh at ``step`` still wants a round: not published from there or later, and not failed for good."""
+    number = _round_number(config, paths, step)
+    return number is not None and not paths.round_failure(number).exists()

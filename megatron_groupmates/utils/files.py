@@ -1,0 +1,139 @@
+"""Files that are complete or absent: everything is written aside, synced, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames and new names inside ``path`` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
+    """Binary file that appears at ``path`` only when the block ends without an exception.
+
+    Written to ``<path>.tmp-<pid>`` beside it, synced, renamed over whatever was there. On an exception (a full
+    disk included) the partial file is removed and the old content of ``path`` stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Atomically replace ``path`` with ``content``."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path | str, content: str) -> None:
+    """Atomically replace ``path`` with UTF-8 ``content``."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path | str, content: Any) -> None:
+    """Atomically replace ``path`` with indented JSON."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """The JSON value in ``path``."""
+    return json.loads(Path(path).read_text())
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path | str) -> Iterator[Path]:
+    """Yield an empty directory that is renamed to ``path`` when the block ends without an exception.
+
+    A leftover of a killed run (``<path>.tmp-*``) is removed first. ``path`` must not exist yet.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f"{path.name}.tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        for item in partial.rglob("*"):
+            if item.is_file():
+                with open(item, "rb") as file:
+                    os.fsync(file.fileno())
+        fsync_directory(partial)
+        os.rename(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def append_line(path: Path | str, line: str) -> None:
+    """Append one line to ``path`` and sync it; a torn last line left by a crash is cut off first."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        start = file.seek(0, os.SEEK_END)
+        try:
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, start)
+            raise
+
+
+def read_lines(path: Path | str) -> list[dict[str, Any]]:
+    """The JSON objects of a ``.jsonl`` file; a torn last line (no final newline) is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+
+
+def sha256_bytes(*parts: bytes | memoryview) -> str:
+    """Hex SHA-256 of the concatenated ``parts``."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of ``value`` as canonical JSON (sorted keys, no spaces)."""
+    return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def sha256_file(path: Path | str) -> str:
+    """Hex SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

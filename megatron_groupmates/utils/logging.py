@@ -1,0 +1,45 @@
+"""Handlers for entry points. Modules use ``logging.getLogger(__name__)`` and never configure anything."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+_NOISY = (
+    "DeepSpeed",
+    "deepspeed",
+    "megatron.core",
+    "torch.distributed",
+    "matplotlib",
+    "faiss",
+    "transformers",
+    "httpx",
+    "asyncio",
+    "torch.nn.parallel",
+    "filelock",
+)
+
+
+def configure_logging(name: str, rank: int = 0, verbose: bool = False) -> None:
+    """Print the package's messages of rank 0 (warnings of every rank) to standard error.
+
+    Third-party libraries are limited to errors, so that a run shows one clear line per stage.
+
+    Args:
+        name: component shown in each line, for instance ``train`` or ``serve``.
+        rank: global rank of this process.
+        verbose: also show debug messages and third-party warnings.
+    """
+    package = logging.getLogger("megatron_groupmates")
+    package.handlers.clear()
+    package.propagate = False
+    handler = logging.StreamHandler(sys.stderr)
+    label = name if rank == 0 else f"{name}:{rank}"
+    handler.setFormatter(logging.Formatter(f"%(asctime)s [{label}] %(message)s", "%H:%M:%S"))
+    package.addHandler(handler)
+    package.setLevel(logging.DEBUG if verbose else logging.INFO if rank == 0 else logging.WARNING)
+    if not verbose:
+        warnings.filterwarnings("ignore")
+        for library in _NOISY:
+            logging.getLogger(library).setLevel(logging.ERROR)
