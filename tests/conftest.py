@@ -5,11 +5,6 @@ from __future__ import annotations
 import pytest
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Declare the markers."""
-    config.addinivalue_line("markers", "gpu: needs a CUDA device, skipped without one")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked ``gpu`` on machines without a CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

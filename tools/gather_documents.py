@@ -6,7 +6,8 @@
 writes ``RAW/pool/<kind>.jsonl.zst``, ``RAW/reference/reference.jsonl.zst``, ``RAW/evaluation/evaluation.jsonl.zst``
 and ``RAW/gather.json`` (arguments and counts). Each line holds ``text``, ``url`` and ``metadata`` (kind, package).
 The pool is heterogeneous and full of natural near-duplicates, as web pools are; reference and evaluation documents
-are of one kind, and no text of theirs occurs in another set.
+are of one kind, and no text of theirs, nor a near copy of one, occurs in another set. Texts under 300 characters are
+left out, those over 20,000 are cut at the last line end before that.
 
 Nothing is downloaded: the Python installation and its packages suffice, man pages and ``/usr/share/doc`` are used
 where they exist. With the same files, arguments and seed the output is the same.

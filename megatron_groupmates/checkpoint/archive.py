@@ -48,7 +48,8 @@ class TorchArchive:
         if entry is None:
             raise UserError(f"{self.path} is damaged: it has no record '{name}'")
         if entry.compress_type != zipfile.ZIP_STORED:
-            raise UserError(f"{self.path} was compressed after it was saved (record '{name}'); restore the original file")
+            raise UserError(f"{self.path} was compressed after it was saved (record '{name}'); "
+                            "restore the original file")
         header = bytes(self._bytes[entry.header_offset:entry.header_offset + _LOCAL_HEADER.size].numpy())
         if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
             raise UserError(f"{self.path} is damaged: record '{name}' is not where the file's directory says")
@@ -64,6 +65,7 @@ class TorchArchive:
             first = file.read(4)
         size = self.path.stat().st_size
         if size == 0 or first == b"PK\x03\x04":
-            return f"{self.path} is cut short ({size} bytes): its writer was stopped or is not done; wait, or use an earlier checkpoint"
+            return (f"{self.path} is cut short ({size} bytes): its writer was stopped or is not done; "
+                    "wait, or use an earlier checkpoint")
         return (f"{self.path} is not a zip file of torch.save; DeepSpeed writes one unless 'checkpoint_serialization' "
                 "is switched off in its configuration")

@@ -53,9 +53,12 @@ class Storage:
         return aligned.view(dtype)
 
 
-_STORAGES = {"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64,
-             "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool}
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16", "int8", "uint8", "bool")
+_STORAGES = {
+    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
+    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+    "Bool": torch.bool}
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
+           "int64", "int32", "int16", "int8", "uint8", "bool")
 VALUES: dict[str, Any] = {
     **{f"torch.{name}Storage": StorageType(dtype) for name, dtype in _STORAGES.items()},
     "torch.storage.UntypedStorage": StorageType(torch.uint8),
@@ -64,8 +67,8 @@ VALUES: dict[str, Any] = {
 
 # Classes that DeepSpeed, Megatron and argparse users store whole; instances become records.
 _RECORDS = (
-    "argparse.Namespace", "types.SimpleNamespace", "builtins.object", "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter",
-    "_io.BytesIO", "numpy.ndarray",
+    "argparse.Namespace", "types.SimpleNamespace", "builtins.object", "_io.BytesIO", "numpy.ndarray",
+    "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter",
     "deepspeed.utils.tensor_fragment.fragment_address",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -103,7 +106,8 @@ def _parameter(_: Name, data: torch.Tensor, *rest: Any) -> torch.Tensor:
     return data
 
 
-def _tensor_with_attributes(_: Name, rebuild: Name, __: Name, arguments: tuple[Any, ...], *state: Any) -> torch.Tensor:
+def _tensor_with_attributes(_: Name, rebuild: Name, __: Name, arguments: tuple[Any, ...],
+                            *state: Any) -> torch.Tensor:
     """A tensor that had attributes, such as megatron-core's ``tensor_model_parallel``; they are dropped."""
     if type(rebuild) is not Name or rebuild.full not in _TENSORS:
         raise Refused(getattr(rebuild, "full", type(rebuild).__name__))
@@ -139,16 +143,19 @@ def _defaultdict(_: Name, *factory: Any) -> dict[Any, Any]:
 
 def _container(kind: Callable[..., Any]) -> Callable[..., Any]:
     def build(_: Name, *args: Any) -> Any:
-        if any(type(argument) not in (list, tuple, set, dict, OrderedDict, bytes, int, float, str) for argument in args):
+        plain = (list, tuple, set, dict, OrderedDict, bytes, int, float, str)
+        if any(type(argument) not in plain for argument in args):
             raise ValueError(f"{kind.__name__} of {[type(argument).__name__ for argument in args]}")
         return kind(*args)
     return build
 
 
 def _byte_string(_: Name, *args: Any) -> bytes:
-    # bytes(10**12) would allocate; only the forms that pickle writes are taken.
-    if args and type(args[0]) is not list:
-        raise ValueError("bytes from something else than a list of numbers")
+    # Only the forms that pickle writes: bytes(10**12) would allocate as much.
+    if len(args) == 2 and isinstance(args[0], str) and args[1] == "latin-1":
+        return args[0].encode("latin-1")
+    if args and type(args[0]) not in (list, bytes):
+        raise ValueError(f"bytes from {type(args[0]).__name__}")
     return bytes(*args)
 
 

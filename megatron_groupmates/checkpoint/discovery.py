@@ -13,7 +13,8 @@ from megatron_groupmates.config.errors import UserError
 
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(?P<data>\d+)_)?mp_rank_(?P<tensor>\d+)_model_states\.pt")
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<data>\d+)_mp_rank_(?P<tensor>\d+)_optim_states\.pt")
-_UNSUPPORTED = {"layer_*": "pipeline parallelism", "*expert_*": "mixture of experts", "expp_rank_*": "mixture of experts"}
+_UNSUPPORTED = {"*expert_*": "mixture of experts", "expp_rank_*": "mixture of experts",
+                "layer_*": "pipeline parallelism"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +71,9 @@ def find_files(tag_dir: Path | str) -> CheckpointFiles:
     uses_zero = state["optimizer"] is None
     is_stage_3 = model[0, 0].name.startswith("zero_pp_rank_")
     every_model = everybody if is_stage_3 else {(t, 0) for t in range(tensor_size)}
-    for kind, found, expected in (("model", model, every_model), ("optim", optimizer, everybody if uses_zero else set())):
-        _compare(tag_dir, kind, set(found), expected, tensor_size, data_size)
+    sizes = f"tensor-parallel size {tensor_size} and data-parallel size {data_size}"
+    _compare(tag_dir, "model_states", set(model), every_model, sizes)
+    _compare(tag_dir, "optim_states", set(optimizer), everybody if uses_zero else set(), sizes)
     return CheckpointFiles(model, optimizer, tensor_size, data_size)
 
 
@@ -82,7 +84,8 @@ def load_model_state(path: Path) -> dict[str, Any]:
         UserError: when it is damaged or something else.
     """
     state = load(path)
-    if not isinstance(state, dict) or not {"module", "optimizer", "mp_world_size", "dp_world_size", "global_steps"} <= state.keys():
+    needed = {"module", "optimizer", "param_shapes", "mp_world_size", "dp_world_size", "global_steps"}
+    if not isinstance(state, dict) or not needed <= state.keys():
         raise UserError(f"{path} is not a file of DeepSpeed's model states")
     return state
 
@@ -110,8 +113,9 @@ def check_complete(tag_dir: Path | str) -> None:
     files = find_files(tag_dir)
     latest = latest_tag(tag_dir.parent)
     if not _announced(tag_dir.name, latest):
-        raise UserError(f"checkpoint {tag_dir} is still being written: {tag_dir.parent / 'latest'} "
-                        + (f"names {latest}" if latest else "does not exist yet") + "; wait for its writer, or use an earlier tag")
+        names = f"names {latest}" if latest else "does not exist yet"
+        raise UserError(f"checkpoint {tag_dir} is still being written: {tag_dir.parent / 'latest'} {names}; "
+                        "wait for its writer, or use an earlier tag")
     first = load_model_state(files.model[0, 0])
     for path in files.model.values():
         state = load_model_state(path)
@@ -135,21 +139,19 @@ def _matching(tag_dir: Path, pattern: re.Pattern[str]) -> dict[tuple[int, int], 
             continue
         key = int(match["tensor"]), int(match["data"] or 0)
         if key in found:
-            raise UserError(f"checkpoint {tag_dir} mixes two saves: {found[key].name} and {path.name} are of the same rank; "
-                            "remove the older files")
+            raise UserError(f"checkpoint {tag_dir} mixes two saves: {found[key].name} and {path.name} are of the "
+                            "same rank; remove the older files")
         found[key] = path
     return found
 
 
-def _compare(tag_dir: Path, kind: str, found: set[tuple[int, int]], expected: set[tuple[int, int]], tensor_size: int,
-             data_size: int) -> None:
-    sizes = f"tensor-parallel size {tensor_size} and data-parallel size {data_size}"
+def _compare(tag_dir: Path, kind: str, found: set[tuple[int, int]], expected: set[tuple[int, int]], sizes: str) -> None:
     if missing := sorted(expected - found):
-        raise UserError(f"checkpoint {tag_dir} is not complete: it was saved at {sizes}, but the {kind}_states files of "
+        raise UserError(f"checkpoint {tag_dir} is not complete: it was saved at {sizes}, but the {kind} files of "
                         f"{_ranks(missing)} are missing")
     if surplus := sorted(found - expected):
-        raise UserError(f"checkpoint {tag_dir} mixes world sizes: it was saved at {sizes}, but also holds {kind}_states files of "
-                        f"{_ranks(surplus)}; remove the files of the other save")
+        raise UserError(f"checkpoint {tag_dir} mixes world sizes: it was saved at {sizes}, but also holds {kind} "
+                        f"files of {_ranks(surplus)}; remove the files of the other save")
 
 
 def _ranks(keys: list[tuple[int, int]]) -> str:
@@ -158,7 +160,8 @@ def _ranks(keys: list[tuple[int, int]]) -> str:
 
 def _same(path: Path, what: str, value: Any, expected: Any) -> None:
     if value != expected:
-        raise UserError(f"checkpoint {path.parent} mixes two saves: {path.name} has {what} {value}, the other files {expected}")
+        raise UserError(f"checkpoint {path.parent} mixes two saves: {path.name} has {what} {value}, "
+                        f"the other files {expected}")
 
 
 def _announced(tag: str, latest: str | None) -> bool:

@@ -1,8 +1,9 @@
 """How megatron-core splits each GPT parameter over tensor-parallel ranks. Pure functions; nothing is read or sent.
 
-Attention's ``linear_qkv`` holds query groups one after the other, each with its queries, its key and its value, and a rank holds
-whole groups, so plain concatenation merges it (the number of query groups must be a multiple of the tensor-parallel size).
-A gated MLP's ``linear_fc1`` holds two matrices, gate and up, and each rank holds its part of both: ``[gate_r; up_r]``.
+Attention's ``linear_qkv`` holds query groups one after the other, each with its queries, its key and its value, and a
+rank holds whole groups, so plain concatenation merges it (the number of query groups must be a multiple of the
+tensor-parallel size). A gated MLP's ``linear_fc1`` holds two matrices, gate and up, and each rank holds its part of
+both: ``[gate_r; up_r]``.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ _ROW_OF_COLUMNS = re.compile(r"(^|\.)(linear_proj|linear_fc2)\.weight$")
 _FIRST_MLP = re.compile(r"(^|\.)linear_fc1\.(weight|bias)$")
 _FIRST_DIMENSION = re.compile(r"(^|\.)linear_qkv\.(weight|bias)$")
 # 'layer_norm_weight' is a norm that Transformer Engine fuses into the linear layer after it.
-_REPLICATED = re.compile(r"(^|\.)((\w*layernorm|position_embeddings)\.(weight|bias)|(linear_qkv|linear_fc1)\.layer_norm_(weight|bias)"
-                         r"|(linear_proj|linear_fc2)\.bias)$")
+_REPLICATED = re.compile(r"(^|\.)((\w*layernorm|position_embeddings)\.(weight|bias)"
+                         r"|(linear_qkv|linear_fc1)\.layer_norm_(weight|bias)|(linear_proj|linear_fc2)\.bias)$")
 
 
 def is_vocabulary(name: str) -> bool:
@@ -64,8 +65,8 @@ def split_dimension(name: str) -> int | None:
         return 1
     if _REPLICATED.search(name):
         return None
-    raise UserError(f"parameter '{name}' is not one of megatron-core's GPT: how tensor parallelism splits it is unknown; "
-                    "read the checkpoint at the tensor-parallel size it was saved with")
+    raise UserError(f"parameter '{name}' is not one of megatron-core's GPT: how tensor parallelism splits it is "
+                    "unknown; read the checkpoint at the tensor-parallel size it was saved with")
 
 
 def layout_of(name: str, gated: bool | None) -> Layout:
@@ -82,8 +83,8 @@ def layout_of(name: str, gated: bool | None) -> Layout:
     if not _FIRST_MLP.search(name):
         return Layout(dim)
     if gated is None:
-        raise UserError(f"'{name}' is split differently in a gated MLP (SwiGLU) and a plain one, and the checkpoint does not say "
-                        "which it is; save it with client_state['gated_linear_unit'] set to True or False")
+        raise UserError(f"'{name}' is split differently in a gated MLP (SwiGLU) and a plain one, and the checkpoint does "
+                        "not say which it is; save it with client_state['gated_linear_unit'] set to True or False")
     return Layout(dim, parts=2 if gated else 1)
 
 
@@ -114,8 +115,8 @@ def pieces(layout: Layout, full_length: int, saved_size: int, rank: int, size: i
 def vocabulary_pieces(saved_rows: int, rows: int, saved_size: int, rank: int, size: int) -> tuple[list[Piece], int]:
     """As :func:`pieces` for a vocabulary that is padded to ``rows`` when read and was to ``saved_rows`` when saved.
 
-    Megatron pads it to a multiple that depends on the tensor-parallel size. ``rows`` must not be below the number of real
-    tokens: the rows of a checkpoint do not tell which of them are padding.
+    Megatron pads it to a multiple that depends on the tensor-parallel size. ``rows`` must not be below the number of
+    real tokens: the rows of a checkpoint do not tell which of them are padding.
 
     Returns:
         The pieces, and how many rows of zeros follow them.

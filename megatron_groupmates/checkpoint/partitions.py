@@ -1,4 +1,4 @@
-"""Where each parameter's values lie in the flat groups that ZeRO saves. Pure functions on unpickled states; nothing is copied.
+"""Where each parameter's values lie in the flat groups that ZeRO saves. Pure functions on unpickled states.
 
 ZeRO-1 and 2 flatten the parameters of an optimizer group one after the other and cut the result into one part per
 data-parallel rank, so a parameter can span ranks; each rank's ``param_slice_mappings`` says what it holds of which
@@ -74,8 +74,8 @@ def base_optimizer(optimizer_state: dict[str, Any]) -> dict[str, Any]:
     for key in ("base_optimizer_state", "optimizer_state_dict"):
         optimizer_state = optimizer_state.get(key, optimizer_state)
         if not isinstance(optimizer_state, dict):
-            raise UserError("the checkpoint was saved with 'elastic_checkpoint', which leaves out the optimizer's settings; "
-                            "save it with zero_optimization.elastic_checkpoint set to false")
+            raise UserError("the checkpoint was saved with 'elastic_checkpoint', which leaves out the optimizer's "
+                            "settings; save it with zero_optimization.elastic_checkpoint set to false")
     return optimizer_state
 
 
@@ -92,7 +92,7 @@ def adam_step(optimizer_state: dict[str, Any]) -> int:
 
 
 def zero_1_2(model_state: dict[str, Any], optimizer_states: Sequence[dict[str, Any]]) -> dict[str, LocalParameter]:
-    """Parameters of one tensor-parallel rank by name, ZeRO-1, ZeRO-2 and DeepSpeed's ``BF16_Optimizer``.
+    """Parameters of one tensor-parallel rank by name: ZeRO-1, ZeRO-2 and DeepSpeed's ``BF16_Optimizer``.
 
     Args:
         model_state: of the tensor-parallel rank.
@@ -127,8 +127,9 @@ def zero_3(model_state: dict[str, Any], optimizer_states: Sequence[dict[str, Any
         for name, shape in shapes.items():
             numel = math.prod(shape)
             length = math.ceil(numel / len(flats))
-            fragments = {kind: [flat[kind][start:start + max(0, min(length, numel - rank * length))]
-                                for rank, flat in enumerate(flats) if kind in flat] for kind in KINDS}
+            lengths = [max(0, min(length, numel - rank * length)) for rank in range(len(flats))]
+            fragments = {kind: [flat[kind][start:start + own] for flat, own in zip(flats, lengths, strict=True)
+                                if kind in flat] for kind in KINDS}
             found[name] = _checked(name, shape, group_of.get(sub_group, 0), fragments)
             start += length
     return found
@@ -141,14 +142,16 @@ def without_zero(model_state: dict[str, Any]) -> dict[str, LocalParameter]:
         UserError: when the optimizer's parameters cannot be told apart by their shapes.
     """
     if "fp32_groups_flat" in model_state["optimizer"]:
-        raise UserError("it was saved by DeepSpeed's fused 16-bit optimizer without ZeRO, which does not record where a parameter "
-                        "lies; train with ZeRO stage 1, or with torch.optim.AdamW")
+        raise UserError("it was saved by DeepSpeed's fused 16-bit optimizer without ZeRO, which does not record where a "
+                        "parameter lies; train with ZeRO stage 1, or with torch.optim.AdamW")
     base = base_optimizer(model_state["optimizer"])
-    parameters = {name: value for name, value in model_parameters(model_state).items() if name not in shared_names(model_state)}
+    shared = shared_names(model_state)
+    parameters = {name: value for name, value in model_parameters(model_state).items() if name not in shared}
     groups = [group["params"] for group in base["param_groups"]]
     masters = _master_copies(model_state["optimizer"], groups)
     if any("param_names" in group for group in base["param_groups"]):
-        named = {name: number for group in base["param_groups"] for name, number in zip(group["param_names"], group["params"], strict=True)}
+        named = {name: number for group in base["param_groups"]
+                 for name, number in zip(group["param_names"], group["params"], strict=True)}
     else:
         shapes = {number: tuple(masters[number].shape) if number in masters else _moment_shape(base, number)
                   for numbers in groups for number in numbers}
@@ -188,8 +191,9 @@ def match_by_shape(model: dict[str, tuple[int, ...]], groups: Sequence[Sequence[
         ways = reached
     path, unique = ways.get(tuple(len(group) for group in groups), ((), False))
     if not unique or len(path) != len(model):
-        raise UserError("the optimizer's parameters cannot be matched to the model's names by shape; give the optimizer "
-                        "named parameters (torch.optim takes model.named_parameters()), or train with ZeRO stage 1")
+        raise UserError("the optimizer's parameters cannot be matched to the model's names by shape; give the "
+                        "optimizer named parameters (torch.optim takes model.named_parameters()), or train with ZeRO "
+                        "stage 1")
     return dict(zip(model, path, strict=True))
 
 
@@ -238,6 +242,7 @@ def _checked(name: str, shape: Any, group: int, fragments: dict[str, list[torch.
     for kind, parts in fragments.items():
         numel = sum(part.numel() for part in parts)
         if numel != math.prod(shape) and (parts or kind == "param"):
-            raise UserError(f"the optimizer states hold {numel} elements of '{name}' ({kind}), its shape {tuple(shape)} has "
-                            f"{math.prod(shape)}: files of different saves lie together, or one is damaged")
+            raise UserError(f"the optimizer states hold {numel} elements of '{name}' ({kind}), its shape "
+                            f"{tuple(shape)} has {math.prod(shape)}: files of different saves lie together, or one is "
+                            "damaged")
     return LocalParameter(tuple(shape), group, fragments)

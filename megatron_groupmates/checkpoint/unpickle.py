@@ -1,7 +1,7 @@
 """A pickle reader that cannot run anything: for ``torch.save`` files of unknown origin.
 
-The pickle's instructions are carried out here, one by one, on plain data. A name that the file mentions never becomes the
-object of that name: it becomes a :class:`Name`, and what it may stand for is the closed list in
+The pickle's instructions are carried out here, one by one, on plain data. A name that the file mentions never becomes
+the object of that name: it becomes a :class:`Name`, and what it may stand for is the closed list in
 :mod:`megatron_groupmates.checkpoint.constructors`. No callable ever lies on the stack, so there is nothing to call.
 """
 
@@ -16,19 +16,29 @@ from typing import Any
 import numpy as np
 
 from megatron_groupmates.checkpoint.archive import TorchArchive
-from megatron_groupmates.checkpoint.constructors import CONSTRUCTORS, VALUES, Name, Record, Refused, Storage, StorageType
+from megatron_groupmates.checkpoint.constructors import (
+    CONSTRUCTORS,
+    VALUES,
+    Name,
+    Record,
+    Refused,
+    Storage,
+    StorageType,
+)
 from megatron_groupmates.config.errors import UserError
 
 # Protocol 2, which torch.save uses, writes some modules under their names in Python 2.
 _PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _PUSH_ARGUMENT = frozenset({
-    "BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING",
-    "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"})
+    "BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
+    "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"})
 _PUSH_NEW: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
     "EMPTY_DICT": dict, "EMPTY_SET": set}
 _FROM_MARK: dict[str, Callable[[list[Any]], Any]] = {
-    "TUPLE": tuple, "LIST": list, "FROZENSET": frozenset, "DICT": lambda items: dict(zip(items[::2], items[1::2], strict=True))}
+    "TUPLE": tuple, "LIST": list, "FROZENSET": frozenset,
+    "DICT": lambda items: dict(zip(items[::2], items[1::2], strict=True))}
 _TUPLE_SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -45,9 +55,9 @@ def load(path: Path | str) -> Any:
     try:
         return _Interpreter(archive).run()
     except Refused as refusal:
-        raise UserError(f"{path}: refused: the file wants to create or call '{refusal}', which no DeepSpeed checkpoint needs. "
-                        "Nothing of it was run. If it is part of your own client_state, save it as numbers, strings, lists, "
-                        "dictionaries or tensors instead") from None
+        raise UserError(f"{path}: refused: the file wants to create or call '{refusal}', which no DeepSpeed checkpoint "
+                        "needs. Nothing of it was run. If it is part of your own client_state, save it as numbers, "
+                        "strings, lists, dictionaries or tensors instead") from None
     except UserError:
         raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
@@ -126,7 +136,7 @@ class _Interpreter:
         return items
 
     def _fill(self, name: str) -> None:
-        """APPEND(S), SETITEM(S), ADDITEMS: only on the containers themselves, so that no method of anything else runs."""
+        """APPEND(S), SETITEM(S), ADDITEMS: on containers themselves only, so that no method of anything else runs."""
         if name in ("APPEND", "SETITEM"):
             size = 1 if name == "APPEND" else 2
             items = self._stack[-size:]
@@ -148,10 +158,10 @@ class _Interpreter:
         if kind != "storage" or type(storage_type) is not StorageType or type(key) is not str:
             raise ValueError(f"unknown storage reference {reference!r}")
         if key not in self._storages:
-            raw = self._archive.record(f"data/{key}")
-            if raw.numel() != numel * storage_type.dtype.itemsize:
-                raise ValueError(f"storage {key} holds {raw.numel()} bytes instead of {numel} x {storage_type.dtype.itemsize}")
-            self._storages[key] = Storage(raw, storage_type.dtype)
+            raw, dtype = self._archive.record(f"data/{key}"), storage_type.dtype
+            if raw.numel() != numel * dtype.itemsize:
+                raise ValueError(f"storage {key} holds {raw.numel()} bytes instead of {numel} x {dtype.itemsize}")
+            self._storages[key] = Storage(raw, dtype)
         return self._storages[key]
 
 

@@ -13,22 +13,22 @@ from megatron_groupmates.config.errors import UserError
 
 # What DeepSpeed itself puts beside the caller's client state.
 _DEEPSPEED_KEYS = frozenset({
-    "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params", "frozen_param_fragments",
-    "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names", "skipped_steps", "global_steps", "global_samples",
-    "dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions", "universal_checkpoint_info", "ds_config", "ds_version",
-    "num_experts", "ds_autoep_layers", "autoep_layers"})
+    "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
+    "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names", "skipped_steps",
+    "global_steps", "global_samples", "dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions",
+    "universal_checkpoint_info", "ds_config", "ds_version"})
 
 
 class ZeroCheckpoint:
-    """Reader of one tag, such as ``checkpoints/global_step100``. Nothing is written, and no code of the checkpoint runs.
+    """Reader of one tag, such as ``checkpoints/global_step100``. It writes nothing and runs no code of the checkpoint.
 
     Files of other tensor-parallel ranks are opened when a parameter needs them, and mapped: a read touches the bytes it
     returns. An instance can be used by one thread at a time.
 
     Attributes:
         step: training steps taken (DeepSpeed's ``global_steps``).
-        adam_step: the step of Adam's bias correction. It differs from ``step`` after skipped steps, and DeepSpeed's 16-bit
-            optimizer without ZeRO starts it at 1.
+        adam_step: the step of Adam's bias correction. It differs from ``step`` after skipped steps, and DeepSpeed's
+            16-bit optimizer without ZeRO starts it at 1.
         zero_stage: 0 to 3.
         tensor_model_parallel_size: of the run that saved it.
         data_parallel_size: of that run.
@@ -98,8 +98,8 @@ class ZeroCheckpoint:
             kind: as for :meth:`read`.
             tensor_parallel_rank: wanted rank.
             tensor_parallel_size: wanted size.
-            vocabulary_rows: rows of the whole word embeddings and output layer in the model that reads, when it pads its
-                vocabulary differently. Surplus padding is left out, missing padding is zero.
+            vocabulary_rows: rows of the whole word embeddings and output layer in the model that reads, when it pads
+                its vocabulary differently. Surplus padding is left out, missing padding is zero.
 
         Raises:
             UserError: as :meth:`read`, and when the size does not divide the parameter.
@@ -116,10 +116,12 @@ class ZeroCheckpoint:
             return self._parameter(name, 0).whole(kind)
         zeros = 0
         if repadded:
-            found, zeros = layout.vocabulary_pieces(full[0], vocabulary_rows, saved_size, tensor_parallel_rank, tensor_parallel_size)
+            found, zeros = layout.vocabulary_pieces(full[0], vocabulary_rows, saved_size, tensor_parallel_rank,
+                                                    tensor_parallel_size)
         else:
             found = layout.pieces(rule, full[rule.dim], saved_size, tensor_parallel_rank, tensor_parallel_size)
-        parts = [self._parameter(name, piece.rank).narrow(kind, rule.dim, piece.start, piece.length) for piece in found]
+        parts = [self._parameter(name, piece.rank).narrow(kind, rule.dim, piece.start, piece.length)
+                 for piece in found]
         if zeros:
             parts.append(torch.zeros(zeros, *full[1:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, rule.dim)
@@ -127,14 +129,16 @@ class ZeroCheckpoint:
     def _parameter(self, name: str, rank: int) -> partitions.LocalParameter:
         parameter = self._local(rank).get(self._shared.get(name, name))
         if parameter is None:
-            raise UserError(f"checkpoint {self.path} has no parameter '{name}'; its first is '{next(iter(self.names), 'none')}'")
+            raise UserError(f"checkpoint {self.path} has no parameter '{name}'; "
+                            f"its first is '{next(iter(self.names), 'none')}'")
         return parameter
 
     def _local(self, rank: int) -> dict[str, partitions.LocalParameter]:
         """Parameters of a tensor-parallel rank of the checkpoint."""
         if rank not in self._slices:
             model = load_model_state(self._files.model[rank, 0])
-            states = [load_optimizer_state(path) for (tensor, _), path in sorted(self._files.optimizer.items()) if tensor == rank]
+            states = [load_optimizer_state(path) for (tensor, _), path in sorted(self._files.optimizer.items())
+                      if tensor == rank]
             try:
                 self._slices[rank] = (partitions.without_zero(model) if self.zero_stage == 0 else
                                       partitions.zero_3(model, states) if self.zero_stage == 3 else
@@ -146,8 +150,9 @@ class ZeroCheckpoint:
     def _check_frozen(self) -> None:
         frozen = [name for name in self.names if self._shared.get(name, name) not in self._local(0)]
         if frozen:
-            raise UserError(f"checkpoint {self.path} has parameters that its optimizer does not train, which is not supported: "
-                            + ", ".join(frozen[:3]) + (f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""))
+            more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
+            raise UserError(f"checkpoint {self.path} has parameters that its optimizer does not train, which is not "
+                            f"supported: {', '.join(frozen[:3])}{more}")
 
 
 def _stage(optimizer_state: dict[str, Any]) -> int:

@@ -100,6 +100,8 @@ def make_plan(config: Config, hardware: Hardware, pool: PoolIndex | None) -> dic
     server_speed = hardware.server_gpus * hardware.flops_per_second
     saves = training.train_iters // config.checkpoint.save_interval + 1 + refreshes
     return {
+        "output_dir": config.run.output_dir,
+        "mode": config.selection.mode,
         "parameters": size.parameters,
         "training_flops_per_token": size.training_flops_per_token,
         "tokens": tokens,

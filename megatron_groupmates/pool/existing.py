@@ -122,8 +122,10 @@ def read_shard(directory: Path, vocab_size: int, name: str) -> ShardRecord:
 
 
 def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    with tarfile.open(path, "r:") as tar:
+    end = 0
+    with open(path, "rb") as shard, tarfile.open(fileobj=shard, mode="r:") as tar:
         for info in tar:
+            end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             if not info.isfile():
                 continue
             if not info.name.endswith(".json.gz"):
@@ -131,6 +133,10 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
             file = tar.extractfile(info)
             assert file is not None
             yield info, file.read()
+        # The library takes a damaged or missing header for the end of the archive.
+        shard.seek(end)
+        if shard.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError(f"the archive is damaged or ends early, at byte {end}")
 
 
 def _read_shards(directory: Path, names: list[str], vocab_size: int, num_workers: int) -> list[ShardRecord]:

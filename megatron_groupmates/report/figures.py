@@ -10,6 +10,9 @@ from typing import Any
 from megatron_groupmates.report.read import Generation, Run
 
 RANDOM = "random"
+FITS = ("init", "final")
+MODELS = ("relational", "individual", "constant")
+MEASURES = ("spearman", "pearson", "mse", "mae")
 # Runs of the quickstart's size that differ in their seed alone had a standard deviation of 0.013 in final loss, so two
 # of them differ by less than this in 19 cases of 20.
 SEED_SPREAD = 0.04
@@ -105,10 +108,18 @@ def token_ratio(run: Run, target: tuple[float, float] | None) -> dict[str, float
 
 def generation_figures(generation: Generation) -> dict[str, Any]:
     """What a report shows of one generation; absent parts are absent."""
-    shown = ("method", "recipe", "checkpoint_tag", "checkpoint_step", "seed", "stages", "fit", "selected_by_kind",
+    shown = ("method", "recipe", "checkpoint_tag", "checkpoint_step", "seed", "stages", "selected_by_kind",
              "influence_histogram", "overlap", "counts")
     return {"generation": generation.number, "effective_tokens": generation.effective_tokens,
-            **{name: generation.provenance[name] for name in shown if name in generation.provenance}}
+            **{name: generation.provenance[name] for name in shown if name in generation.provenance},
+            "fit": fit_quality(generation.provenance.get("fit", {}))}
+
+
+def fit_quality(fit: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """``{"init" | "final": {model: {measure: value}}}`` on held-out rollouts, from the reports of a round's fits."""
+    return {name: {model: {measure: fit[name][model].get(measure) for measure in MEASURES}
+                   for model in MODELS if model in fit[name]}
+            for name in FITS if name in fit}
 
 
 def arm_figures(run: Run, target: tuple[float, float] | None) -> dict[str, Any]:
@@ -127,12 +138,10 @@ def arm_figures(run: Run, target: tuple[float, float] | None) -> dict[str, Any]:
     }
 
 
-def overlap_matrix(overlap: dict[str, float]) -> tuple[list[str], list[list[float | None]]]:
-    """Methods and the symmetric matrix of the shares in ``{"method|method": share}``; 1 on the diagonal."""
-    names = sorted({name for pair in overlap for name in pair.split("|")})
-    shares = {frozenset(pair.split("|")): share for pair, share in overlap.items()}
-    matrix = [[1.0 if row == column else shares.get(frozenset((row, column))) for column in names] for row in names]
-    return names, matrix
+def overlap_matrix(share: dict[str, dict[str, float]]) -> tuple[list[str], list[list[float]]]:
+    """Methods, sorted, and the matrix of ``share[one][other]``, the part of ``one``'s samples that ``other`` has."""
+    names = sorted(share)
+    return names, [[share[one][other] for other in names] for one in names]
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -198,10 +207,18 @@ def _ratio_sentence(label: str, ratio: dict[str, float | None]) -> str:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """What a reader must know about the data: unfinished runs, evaluations left out."""
+    """What a reader must know about the data: unfinished runs, evaluations left out, fits that were refused."""
     lines = [f"{run.label}: training is not finished (state: {run.state})." for run in runs if run.state != "finished"]
     lines += [f"{run.label}: {run.num_not_finite} evaluations are left out, their loss is not finite."
               for run in runs if run.num_not_finite]
+    for run in runs:
+        for generation in run.generations:
+            fit = generation.provenance.get("fit", {})
+            lines += [f"{run.label}, generation {generation.number}: the {name} fit was refused, its sign was wrong."
+                      for name in FITS if not fit.get(name, {}).get("accepted", True)]
+            if "fell_back_on" in fit:
+                lines.append(f"{run.label}, generation {generation.number}: selected with an earlier model, "
+                             f"{fit['fell_back_on']}.")
     return lines
 
 

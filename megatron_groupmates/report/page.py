@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from megatron_groupmates.report import plots
-from megatron_groupmates.report.figures import generations_with
+from megatron_groupmates.report.figures import MEASURES, generations_with
 
 _CSS = """
 :root {
@@ -119,8 +119,7 @@ def plot_section(summary: dict[str, Any], title: str, explanation: str, absent: 
 def fit_section(summary: dict[str, Any]) -> str:
     """How well the influence models predict held-out rollouts."""
     title = "Fit to the oracle"
-    measures = ("spearman", "pearson", "mse", "mae")
-    rows = [[label, str(generation["generation"]), fit, model, *(number(metrics.get(measure)) for measure in measures)]
+    rows = [[label, str(generation["generation"]), fit, model, *(number(metrics[measure]) for measure in MEASURES)]
             for label, generation in generations_with(summary, "fit")
             for fit, models in generation["fit"].items() for model, metrics in models.items()]
     if not rows:
@@ -164,7 +163,7 @@ def render_page(summary: dict[str, Any]) -> str:
                      "the sample lowers the reference loss.",
                      "no generation was made with an influence model", plots.influence_plot),
         plot_section(summary, "Overlap of the selections",
-                     "Share of samples that two methods would select in common, from the same checkpoint and at the "
+                     "Part of the row's selection that is also in the column's, from the same checkpoint and at the "
                      "same budget.", "no generation compares the methods", plots.overlap_plot),
         fit_section(summary),
         cost_section(summary),

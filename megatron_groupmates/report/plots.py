@@ -173,8 +173,8 @@ def overlap_plot(summary: dict[str, Any]) -> Figure | None:
         return None
     figure = Figure(figsize=(3.9 * len(found), 2.6), layout="constrained")
     for axes, (label, generation) in zip(np.atleast_1d(figure.subplots(1, len(found))), found, strict=True):
-        names, matrix = overlap_matrix(generation["overlap"])
-        _heat_map(axes, np.array(matrix, dtype=np.float64), names, names)
+        names, matrix = overlap_matrix(generation["overlap"]["share"])
+        _heat_map(axes, np.array(matrix), names, names)
         axes.set_title(f"{label}, generation {generation['generation']}")
     return figure
 

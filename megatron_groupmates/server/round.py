@@ -60,13 +60,13 @@ def run_round(context: RoundContext, reference_pool: PoolIndex, consumed: np.nda
 
     probe, encoder = load_probe(context, reference_pool)
     if method == "similarity":
-        embed_pool(context, encoder, None)
+        embed_pool(context, encoder, None, available)
         examples = np.arange(min(context.config.oracle.reference_samples, reference_pool.num_samples))
         reference = encode(context, encoder, reference_pool, examples, "reference")
         return _finish(context, available, None, {}, reference)
 
     model, fit = learn_influence(context, probe, encoder, available)
-    embed_pool(context, encoder, model)
+    embed_pool(context, encoder, model, available)
     return _finish(context, available, model, fit)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_groupmates.influence.relation import Relation
 from megatron_groupmates.selection.baselines import overlap
-from megatron_groupmates.selection.select import SelectionResult, select_rows
+from megatron_groupmates.selection.select import select_rows
 from megatron_groupmates.server.context import Arrays, RoundContext
 from megatron_groupmates.utils.files import read_json, write_json
 
@@ -32,9 +32,9 @@ def select_generation(
     report_path = context.directory / "selection.report.json"
 
     def collect() -> Arrays:
-        result, report = _select(context, available, relation, reference_features)
+        rows, report = _select(context, available, relation, reference_features)
         write_json(report_path, report)
-        return {"rows": result.rows}
+        return {"rows": rows}
 
     context.stage("selection", collect)
     return read_json(report_path)
@@ -42,18 +42,18 @@ def select_generation(
 
 def _select(
     context: RoundContext, available: np.ndarray, relation: Relation | None, reference_features: np.ndarray | None
-) -> tuple[SelectionResult, dict[str, Any]]:
-    method, pool = context.config.selection.method, context.pool
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Selected pool rows int64, ascending, and the report. What is embedded, and selected among, is ``available`` alone."""
+    method = context.config.selection.method
     arrays = context.arrays("embeddings") if method != "random" else {}
-    lengths = pool.lengths.astype(np.int64)
-    budget = int(context.config.selection.ratio * lengths[available].sum())
+    lengths = context.pool.lengths[available].astype(np.int64)
     embeddings, reference = arrays.get("embeddings"), reference_features
     if reference is not None:
         embeddings, reference = _centred(embeddings, reference)
     inputs: dict[str, Any] = {
         "lengths": lengths,
-        "candidates": available,
-        "budget_tokens": budget,
+        "candidates": np.ones(len(available), dtype=bool),
+        "budget_tokens": int(context.config.selection.ratio * lengths.sum()),
         "seed": context.seed("selection"),
         "recipe": context.recipe.selection,
         "embeddings": embeddings,
@@ -62,12 +62,12 @@ def _select(
         "reference_embeddings": reference,
     }
     result = select_rows(method, **inputs)
-    report: dict[str, Any] = {"counts": result.report, "selected_by_kind": _by_kind(pool, available, result.rows)}
+    report: dict[str, Any] = {"counts": result.report, "selected_by_kind": _by_kind(context.pool, available, available[result.rows])}
     if relation is not None:
         others = {name: select_rows(name, **inputs).rows for name in ("group", "individual", "random") if name != method}
         report["overlap"] = overlap({method: result.rows, **others})
-        report["influence_histogram"] = _histogram(arrays["individual"], available, result.rows)
-    return result, report
+        report["influence_histogram"] = _histogram(arrays["individual"], result.rows)
+    return available[result.rows], report
 
 
 def _centred(embeddings: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -90,10 +90,10 @@ def _by_kind(pool: Any, available: np.ndarray, rows: np.ndarray) -> dict[str, di
     }
 
 
-def _histogram(individual: np.ndarray, available: np.ndarray, rows: np.ndarray) -> dict[str, list[float]]:
-    edges = np.histogram_bin_edges(individual[available], bins=_HISTOGRAM_BINS)
+def _histogram(individual: np.ndarray, selected: np.ndarray) -> dict[str, list[float]]:
+    edges = np.histogram_bin_edges(individual, bins=_HISTOGRAM_BINS)
     return {
         "edges": edges.tolist(),
-        "pool": np.histogram(individual[available], edges)[0].tolist(),
-        "selected": np.histogram(individual[rows], edges)[0].tolist(),
+        "pool": np.histogram(individual, edges)[0].tolist(),
+        "selected": np.histogram(individual[selected], edges)[0].tolist(),
     }

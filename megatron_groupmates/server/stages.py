@@ -130,27 +130,22 @@ def embed_features(model: RelationalModel, features: np.ndarray) -> tuple[np.nda
         return h.numpy(), model.individual(h).double().numpy()
 
 
-def embed_pool(context: RoundContext, encoder: Encoder, model: RelationalModel | None) -> None:
-    """Keep embeddings float16 ``[num_samples, d]`` and individual influences float64 ``[num_samples]`` of the whole pool.
+def embed_pool(context: RoundContext, encoder: Encoder, model: RelationalModel | None, rows: np.ndarray) -> None:
+    """Keep embeddings float16 ``[n, d]`` and individual influences float64 ``[n]`` of the pool ``rows`` that may be selected.
 
     Without a model (similarity to the reference) the embeddings are the encoder's features, float32, and the influences zero.
     """
 
     def embed(first: int, done: Callable[[int], object]) -> Arrays:
-        rows = np.arange(first, min(first + _EMBED_CHUNK_ROWS, context.pool.num_samples))
-        features = encode_rows(encoder, rows, context.read_samples, context.config.server.embed_batch_size, done)
+        part = rows[first : first + _EMBED_CHUNK_ROWS]
+        features = encode_rows(encoder, part, context.read_samples, context.config.server.embed_batch_size, done)
         if model is None:
-            return {"embeddings": features, "individual": np.zeros(len(rows))}
+            return {"embeddings": features, "individual": np.zeros(len(part))}
         h, s = embed_features(model, features)
         return {"embeddings": h.astype(np.float16), "individual": s}
 
-    chunks = Chunks(context, "embeddings", context.pool.num_samples, _EMBED_CHUNK_ROWS)
-    context.stage(
-        "embeddings",
-        chunks.collect,
-        lambda: chunks.work(embed, "sample"),
-        flops=_encoding_flops(context, context.pool.num_samples),
-    )
+    chunks = Chunks(context, "embeddings", len(rows), _EMBED_CHUNK_ROWS)
+    context.stage("embeddings", chunks.collect, lambda: chunks.work(embed, "sample"), flops=_encoding_flops(context, len(rows)))
 
 
 def last_good_model(context: RoundContext) -> tuple[RelationalModel, Path] | None:

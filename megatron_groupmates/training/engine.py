@@ -30,6 +30,9 @@ def build_engine(config: Config, model: torch.nn.Module, groups: ParallelGroups)
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
     }
+    if groups.device.type == "cpu":
+        # An operator for inference that DeepSpeed would compile at start on a CPU; training does not use it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if resolve_precision(training.precision) == torch.bfloat16:
         settings["bf16"] = {"enabled": True}
     engine, *_ = deepspeed.initialize(

@@ -10,6 +10,7 @@ import pickle
 import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -73,6 +74,7 @@ def _child(function: Callable[..., Any], rank: int, world_size: int, args: tuple
     """Body of one rank: set up the group, call, leave the result or the traceback in a file."""
     directory = Path(work)
     try:
+        warnings.simplefilter("ignore")
         import torch
 
         torch.set_num_threads(1)

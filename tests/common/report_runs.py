@@ -67,22 +67,24 @@ def full_provenance(method: str, checkpoint_step: int, favoured: str = "docstrin
     """A provenance with every part."""
     pool = [round(1000 * math.exp(-((edge - 10) / 4) ** 2)) for edge in range(20)]
     selected = [count if edge < 8 else round(count * math.exp(-(edge - 7))) for edge, count in enumerate(pool)]
-    overlap = {"group|individual": 0.93, "group|random": 0.26, "group|similarity": 0.61, "individual|random": 0.25,
-               "individual|similarity": 0.63, "random|similarity": 0.24}
+    share = {"group": {"group": 1.0, "individual": 0.93, "random": 0.26},
+             "individual": {"group": 0.92, "individual": 1.0, "random": 0.25},
+             "random": {"group": 0.27, "individual": 0.24, "random": 1.0}}
     return {
         "method": method, "checkpoint_tag": f"global_step{checkpoint_step}", "checkpoint_step": checkpoint_step,
         "recipe": "default", "seed": 1,
         "stages": {"random_rollouts": {"seconds": 9.0, "flops": 4e10}, "fit_init": {"seconds": 1.0, "flops": 1e9},
                    "bootstrap_rollouts": {"seconds": 8.0, "flops": 4e10}, "fit_final": {"seconds": 1.5, "flops": 1e9},
                    "embed": {"seconds": 5.0, "flops": 3e10}, "select": {"seconds": 0.7, "flops": 1e8}},
-        "fit": {"init": {"relational": {"spearman": 0.51, "pearson": 0.55, "mse": 0.71, "mae": 0.6}},
-                "final": {"relational": {"spearman": 0.58, "pearson": 0.62, "mse": 0.61, "mae": 0.55},
+        "fit": {"init": {"relational": {"spearman": 0.51, "pearson": 0.55, "mse": 0.71, "mae": 0.6}, "accepted": True},
+                "final": {"accepted": True, "attempts": [{"epoch": 3}],
+                          "relational": {"spearman": 0.58, "pearson": 0.62, "mse": 0.61, "mae": 0.55},
                           "individual": {"spearman": 0.57, "pearson": 0.61, "mse": 0.62, "mae": 0.56},
                           "constant": {"spearman": 0.0, "pearson": 0.0, "mse": 1.0, "mae": 0.8}}},
         "selected_by_kind": {kind: {"selected": 250 if kind == favoured else 40 * index, "candidates": 400}
                              for index, kind in enumerate(KINDS)},
         "influence_histogram": {"edges": [edge / 10 - 1 for edge in range(21)], "pool": pool, "selected": selected},
-        "overlap": overlap, "counts": {"candidates": 2400, "selected": 850},
+        "overlap": {"share": share, "jaccard": share}, "counts": {"candidates": 2400, "selected": 850},
     }
 
 

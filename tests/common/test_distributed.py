@@ -79,8 +79,8 @@ def test_an_exit_with_code_zero_without_a_result_is_a_failure(tmp_path):
 
 
 def test_a_hang_is_reported_with_its_ranks(tmp_path):
-    with pytest.raises(RankFailure, match=r"rank\(s\) \[0, 1\] of 2 still running after 8 s"):
-        run_ranks(misbehave, 2, "hang", str(tmp_path), tmp_path=tmp_path, timeout_seconds=8)
+    with pytest.raises(RankFailure, match=r"rank\(s\) \[0, 1\] of 2 still running after 5 s"):
+        run_ranks(misbehave, 2, "hang", str(tmp_path), tmp_path=tmp_path, timeout_seconds=5)
     assert_gone(tmp_path)
 
 

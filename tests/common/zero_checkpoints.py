@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ CLIENT_STATE = {"consumed_train_samples": 24, "log_digest": "abc", "gated_linear
 
 def full_shapes() -> dict[str, tuple[tuple[int, ...], int | None]]:
     """Name -> (full shape, dimension split over tensor-parallel ranks or None), in megatron-core's order."""
-    shapes: dict[str, tuple[tuple[int, ...], int | None]] = {"embedding.word_embeddings.weight": ((VOCABULARY, HIDDEN), 0)}
+    shapes: dict[str, tuple[tuple[int, ...], int | None]] = {}
+    shapes["embedding.word_embeddings.weight"] = ((VOCABULARY, HIDDEN), 0)
     for layer in range(NUM_LAYERS):
         prefix = f"decoder.layers.{layer}."
         shapes |= {
@@ -31,7 +32,8 @@ def full_shapes() -> dict[str, tuple[tuple[int, ...], int | None]]:
             prefix + "mlp.linear_fc1.weight": ((2 * FFN, HIDDEN), 0),
             prefix + "mlp.linear_fc2.weight": ((HIDDEN, FFN), 1),
         }
-    return shapes | {"decoder.final_layernorm.weight": ((HIDDEN,), None), "output_layer.weight": ((VOCABULARY, HIDDEN), 0)}
+    return shapes | {"decoder.final_layernorm.weight": ((HIDDEN,), None),
+                     "output_layer.weight": ((VOCABULARY, HIDDEN), 0)}
 
 
 def slice_by_hand(name: str, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
@@ -66,7 +68,8 @@ class TinyModel(torch.nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(7)
         for name, (shape, _) in full_shapes().items():
-            weight, target = (slice_by_hand(name, torch.randn(shape, generator=generator), rank, size) for _ in range(2))
+            weight, target = (slice_by_hand(name, torch.randn(shape, generator=generator), rank, size)
+                              for _ in range(2))
             *path, leaf = name.removesuffix(".weight").split(".")
             module: torch.nn.Module = self
             for part in path:
@@ -141,7 +144,7 @@ class Recipe:
     @property
     def tag(self) -> str:
         """Directory name that tells recipes apart and ends in the step."""
-        words = [f"stage{self.stage}", self.precision, *(["tied"] if self.tied else []), *(key for key, _ in self.zero_options)]
+        words = [f"stage{self.stage}", self.precision, *(["tied"] if self.tied else []), *dict(self.zero_options)]
         return "-".join([*words, f"global_step{self.steps}"])
 
 
@@ -166,7 +169,7 @@ def write_checkpoints(rank: int, world_size: int, tensor_size: int, recipes: lis
             engine = build_engine(mpu, recipe, deepspeed)
             train(engine, mpu, recipe.steps)
             engine.save_checkpoint(directory, tag=recipe.tag, client_state=CLIENT_STATE)
-        held[recipe.tag] = state_held(engine)
+        held[recipe.tag] = state_held(engine, ("exp_avg", "exp_avg_sq") if recipe.steps else ())
         engine.destroy()
     return held
 
@@ -177,8 +180,11 @@ def build_engine(mpu: Mpu, recipe: Recipe, deepspeed: Any) -> Any:
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
               {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    settings: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 2**62, "zero_allow_untested_optimizer": True,
-                                "zero_optimization": {"stage": recipe.stage, **dict(recipe.zero_options)}}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1, "steps_per_print": 2**62, "zero_allow_untested_optimizer": True,
+        # DeepSpeed clips by default, and a norm over tensor-parallel ranks is rounded otherwise than one over one rank.
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": recipe.stage, **dict(recipe.zero_options)}}
     if recipe.precision.startswith("bf16"):
         settings["bf16"] = {"enabled": True}
     if recipe.precision == "fp16":
@@ -196,11 +202,11 @@ def train(engine: Any, mpu: Mpu, steps: int) -> None:
         engine.step()
 
 
-def state_held(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """Parameters (float32 master copies) and moments the engine holds, asked through DeepSpeed's own accessors. Collective."""
+def state_held(engine: Any, moments: Sequence[str] = ("exp_avg", "exp_avg_sq")) -> dict[str, dict[str, torch.Tensor]]:
+    """Parameters (float32 master copies) and moments the engine holds, by DeepSpeed's own accessors. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    held: dict[str, dict[str, torch.Tensor]] = {"param": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    held: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in ("param", *moments)}
     if engine.zero_optimization():
         if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
             # DeepSpeed links moments to parameters after the first group's first step, when other groups have none yet.
@@ -208,7 +214,7 @@ def state_held(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
             engine.optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in engine.module.named_parameters():
             held["param"][name] = safe_get_full_fp32_param(parameter).clone()
-            for kind in ("exp_avg", "exp_avg_sq"):
+            for kind in moments:
                 held[kind][name] = safe_get_full_optimizer_state(parameter, kind).clone()
         return held
     wrapper = engine.optimizer
@@ -219,6 +225,6 @@ def state_held(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
     for master, parameter in zip(itertools.chain(*masters), itertools.chain(*models), strict=True):
         name = names[id(parameter)]
         held["param"][name] = master.detach().float().clone()
-        for kind in ("exp_avg", "exp_avg_sq"):
+        for kind in moments:
             held[kind][name] = state[master][kind].clone()
     return held

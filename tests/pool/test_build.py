@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +112,8 @@ def test_packed_pool_holds_every_context_once(tmp_path: Path) -> None:
 
 
 def test_sources_lead_back_to_the_documents(tmp_path: Path) -> None:
-    build_pool([raw(tmp_path / "raw")], tmp_path / "pool", tiny_tokenizer(), BuildOptions(pack=33, samples_per_shard=50))
+    options = BuildOptions(pack=33, samples_per_shard=50)
+    build_pool([raw(tmp_path / "raw")], tmp_path / "pool", tiny_tokenizer(), options)
     index = PoolIndex.open(tmp_path / "pool")
     tokenizer, reader = tiny_tokenizer(), PoolReader(index)
     generated = {"web.jsonl.zst": documents(120, 1), "sub/book.jsonl.gz": documents(80, 2)}
@@ -145,7 +146,8 @@ def test_one_sample_per_document_pool(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("member_format", ["raw", "json.gz"])
-def test_same_arguments_give_the_same_bytes(tmp_path: Path, member_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_arguments_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            member_format: str) -> None:
     """Whatever the number of workers, the batches, where the data lies and in which order it is named."""
     options = BuildOptions(pack=17, samples_per_shard=60, seed=4, member_format=member_format)
     build_pool([raw(tmp_path / "raw")], tmp_path / "a", tiny_tokenizer(), options)
@@ -234,9 +236,7 @@ def test_a_full_disk_leaves_no_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_killed_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from concurrent.futures.process import BrokenProcessPool
-
-    def broken(*_: object) -> Callable:
+    def broken(*_: object) -> None:
         raise BrokenProcessPool("killed")
 
     monkeypatch.setattr(encode_module, "_in_order", broken)

@@ -36,7 +36,8 @@ def test_frames_of_any_kind(tmp_path: Path) -> None:
     unsized = zstandard.ZstdCompressor(write_content_size=False).compress(line)
     skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
     path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(zstandard.compress(line * 3) + skippable + zstandard.compress(b"") + unsized + zstandard.compress(line))
+    sized = zstandard.compress(line * 3)
+    path.write_bytes(sized + skippable + zstandard.compress(b"") + unsized + zstandard.compress(line))
     assert len(list(DocumentFile(path))) == 5
     path.write_bytes(b"")
     assert list(DocumentFile(path)) == []

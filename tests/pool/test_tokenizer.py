@@ -16,7 +16,7 @@ from megatron_groupmates.pool.tokenizer import PoolTokenizer
 from tests.pool.helpers import make_pool, tiny_tokenizer, tokenizer_json
 
 
-@pytest.mark.parametrize("text", ["a cat<|endoftext|>on a mat", "<|padding|>", "<|endoftext|><|endoftext|>", "a <|endof"])
+@pytest.mark.parametrize("text", ["a cat<|endoftext|>on", "<|padding|>", "<|endoftext|><|endoftext|>", "a <|endof"])
 def test_literal_special_tokens_are_text(text: str) -> None:
     tokenizer = tiny_tokenizer()
     [tokens] = tokenizer.encode_batch([text])
@@ -88,9 +88,9 @@ def test_bad_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no tokenizer at .*/none; check the path"):
         PoolTokenizer.load(str(tmp_path / "none"))
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"tokenizer.json is not a Hugging Face tokenizer.json"):
+    with pytest.raises(UserError, match=r"is not a Hugging Face tokenizer.json"):
         PoolTokenizer.load(str(tmp_path))
-    with pytest.raises(UserError, match="tiny has no token '<eos>' to put after each document; .* with --eot"):
+    with pytest.raises(UserError, match=r"tiny has no token '<eos>' to put after each document; .* with --eot"):
         PoolTokenizer(tokenizer_json(), "tiny", "<eos>")
     bare = Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str().encode()
     with pytest.raises(UserError, match=r"bare has no token '<\|endoftext\|>'"):
@@ -98,7 +98,7 @@ def test_bad_tokenizers_are_refused(tmp_path: Path) -> None:
 
 
 def test_texts_that_make_no_sample() -> None:
-    """A model whose own vocabulary holds the literal token cannot write it as text; unknown characters are no reason."""
+    """A model whose own vocabulary holds the literal token cannot write it as text; unknown characters are kept."""
     stock = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", -1.0), ("a", -2.0)], unk_id=0))
     stock.add_special_tokens(["<unk>", "</s>"])
     tokenizer = PoolTokenizer(stock.to_str().encode(), "unigram", "</s>")

@@ -91,10 +91,25 @@ def test_stage_table_counts_training_since_the_branch_and_all_rounds() -> None:
     assert figures.selection_cost(GROUP.generations) == {"seconds": 3.0, "flops": 5000.0}
 
 
-def test_overlap_matrix_is_symmetric_and_leaves_unknown_pairs_out() -> None:
-    names, matrix = figures.overlap_matrix({"b|a": 0.5, "b|c": 0.25})
-    assert names == ["a", "b", "c"]
-    assert matrix == [[1.0, 0.5, None], [0.5, 1.0, 0.25], [None, 0.25, 1.0]]
+def test_overlap_matrix_has_a_row_for_each_selection() -> None:
+    names, matrix = figures.overlap_matrix({"b": {"b": 1.0, "a": 0.5}, "a": {"a": 1.0, "b": 0.25}})
+    assert names == ["a", "b"]
+    assert matrix == [[1.0, 0.25], [0.5, 1.0]]
+
+
+def test_fit_quality_keeps_the_measures_and_nothing_else() -> None:
+    measures = {"spearman": 0.5, "pearson": 0.4, "mse": 0.3, "mae": 0.2}
+    fit = {"init": {"relational": measures, "accepted": True, "seed": 4}, "fell_back_on": "x"}
+    assert figures.fit_quality(fit) == {"init": {"relational": measures}}
+    assert figures.fit_quality({}) == {}
+
+
+def test_refused_fits_are_noted() -> None:
+    generation = Generation(number=2, effective_tokens=None, provenance={
+        "fit": {"init": {"accepted": True}, "final": {"accepted": False}, "fell_back_on": "rounds/round-000001/final"}})
+    assert figures.notes([make_run("group", [], generations=(generation,))]) == [
+        "group, generation 2: the final fit was refused, its sign was wrong.",
+        "group, generation 2: selected with an earlier model, rounds/round-000001/final."]
 
 
 def test_standard_error_by_hand() -> None:
@@ -151,9 +166,10 @@ def test_notes_name_unfinished_runs_and_lost_evaluations() -> None:
 
 def test_summary_has_no_number_that_json_cannot_hold() -> None:
     generation = Generation(number=1, effective_tokens=300, provenance={
-        "fit": {"final": {"relational": {"spearman": float("nan"), "mse": float("inf")}}}})
+        "fit": {"final": {"relational": {"spearman": float("nan"), "pearson": 0.5, "mse": float("inf")}}}})
     summary = figures.summarise([RANDOM, make_run("group", [(1000, 4.0)], generations=(generation,))])
     assert summary["arms"]["group"]["generations"] == [
-        {"generation": 1, "effective_tokens": 300, "fit": {"final": {"relational": {"spearman": None, "mse": None}}}}]
+        {"generation": 1, "effective_tokens": 300,
+         "fit": {"final": {"relational": {"spearman": None, "pearson": 0.5, "mse": None, "mae": None}}}}]
     assert figures.generations_with(summary, "fit")[0][0] == "group"
     assert figures.generations_with(summary, "overlap") == []

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_groupmates.config import UserError
-from megatron_groupmates.report import build_report, page, plots
+from megatron_groupmates.report import page, plots
+from megatron_groupmates.report.build import build_report
 from megatron_groupmates.report.read import read_run, read_runs, unique_labels
 from tests.common.report_runs import TOKENS_PER_STEP, full_provenance, write_experiment, write_lines, write_run
 

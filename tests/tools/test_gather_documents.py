@@ -59,7 +59,8 @@ def run(output: Path, *arguments: str) -> int:
 # ---- Extraction ----
 
 def test_docstrings_come_with_their_names_and_without_the_code() -> None:
-    source = ('"""Top."""\nimport os\nclass A:\n    """Class."""\n    def f(self):\n        """Method\n        text."""\n'
+    source = ('"""Top."""\nimport os\nclass A:\n    """Class."""\n'
+              '    def f(self):\n        """Method\n        text."""\n'
               'async def g():\n    """Function."""\ndef silent(): return "code"\n')
     assert gather.docstring_text(source) == "Top.\n\n\nA\n\nClass.\n\n\nA.f\n\nMethod\ntext.\n\n\ng\n\nFunction."
 
@@ -198,14 +199,17 @@ def test_the_three_sets_have_no_text_in_common(
     assert "docstring" in capsys.readouterr().out
 
 
-def test_a_copy_of_a_held_out_document_stays_out_of_every_kind(machine: Path, tmp_path: Path) -> None:
-    assert run(tmp_path / "first") == 0
-    held_out = read(tmp_path / "first/evaluation/evaluation.jsonl.zst")[0]["text"]
+@pytest.mark.parametrize("name", ["reference", "evaluation"])
+def test_copies_of_a_held_out_document_stay_out_of_every_kind(machine: Path, tmp_path: Path, name: str) -> None:
+    assert run(tmp_path / "first", "--max-bytes", "1M") == 0
+    held_out = read(tmp_path / f"first/{name}/{name}.jsonl.zst")[0]["text"]
     (machine / "package0" / "copy.h").write_text(held_out.upper())
-    assert run(tmp_path / "second") == 0
-    headers = read(tmp_path / "second/pool/c_header.jsonl.zst")
-    assert headers and all(record["text"] != held_out.upper().strip() for record in headers)
-    assert read(tmp_path / "second/evaluation/evaluation.jsonl.zst")[0]["text"] == held_out
+    (machine / "package0" / "near_copy.h").write_text(f"{held_out}\n\nand a little more")
+    (machine / "package0" / "other.h").write_text(f"{prose('other')}\n\nand a little more")
+    assert run(tmp_path / "second", "--max-bytes", "1M") == 0
+    assert read(tmp_path / f"second/{name}/{name}.jsonl.zst")[0]["text"] == held_out
+    headers = {Path(record["url"]).name for record in read(tmp_path / "second/pool/c_header.jsonl.zst")}
+    assert headers == {*(f"header{number}.h" for number in range(40)), "other.h"}
 
 
 def test_the_same_machine_and_seed_give_the_same_bytes(machine: Path, tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def tool() -> ModuleType:
 
 
 def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TOOL), "--input", "raw", "--output", "pool", "--tokenizer", "tokenizer.json", *arguments]
+    command = [sys.executable, str(TOOL), "--input", "raw", "--output", "pool", "--tokenizer", "tokenizer.json"]
+    command += arguments
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=120)
 
 
@@ -81,10 +82,12 @@ def test_mistakes_are_messages(raw: Path, tool: ModuleType, monkeypatch: pytest.
 def test_no_traceback_for_mistakes(raw: Path) -> None:
     done = run(raw, "--eot", "<eos>")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: tokenizer tokenizer.json has no token '<eos>'") and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: tokenizer tokenizer.json has no token '<eos>'")
+    assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_full_disk(raw: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_full_disk(raw: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                     capsys: pytest.CaptureFixture) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
