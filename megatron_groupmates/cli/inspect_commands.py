@@ -24,7 +24,7 @@ def add_commands(commands: Any) -> None:
     status = commands.add_parser("status", help="where trainer and server stand")
     status.add_argument("run", type=Path, metavar="RUN", help="run directory")
     status.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    status.set_defaults(run_command=_status)
+    status.set_defaults(handler=_status)
 
     trace = commands.add_parser(
         "trace",
@@ -35,15 +35,12 @@ def add_commands(commands: Any) -> None:
     trace.add_argument("run", type=Path, metavar="RUN", help="run directory")
     trace.add_argument("--start", type=int, required=True, metavar="G", help="first global sample")
     trace.add_argument("--stop", type=int, required=True, metavar="G", help="one past the last global sample")
-    trace.set_defaults(run_command=_trace)
+    trace.set_defaults(handler=_trace)
 
     report = commands.add_parser("report", help="write report.html and summary.json for one run or several arms")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories; the report goes to the first")
     report.add_argument("--output", type=Path, metavar="DIR", help="where to write instead")
-    report.set_defaults(run_command=_report)
-
-    for parser in (status, trace, report):
-        parser.set_defaults(run=lambda options: options.run_command(options))
+    report.set_defaults(handler=_report)
 
 
 def run_status(paths: RunPaths, config: Config) -> dict[str, Any]:
@@ -80,8 +77,8 @@ def _status(options: argparse.Namespace) -> int:
     print(f"run        {facts['run']}")
     print(
         f"trainer    {trainer['state']}, step {trainer.get('step', 0)} of {facts['train_iters']}, "
-        f"{trainer.get('consumed_tokens', 0):,} tokens, loss {_number(facts['loss'])}, evaluation loss {_number(facts['evaluation_loss'])}, "
-        f"{facts['tokens_per_second'] or 0:,.0f} tokens/s"
+        f"{trainer.get('consumed_tokens', 0):,} tokens, loss {_number(facts['loss'])}, "
+        f"evaluation loss {_number(facts['evaluation_loss'])}, {facts['tokens_per_second'] or 0:,.0f} tokens/s"
     )
     if config.selection.enabled:
         where = f", round {server['round']}: {server['stage'].replace('_', ' ')}" if "stage" in server else ""
@@ -89,7 +86,8 @@ def _status(options: argparse.Namespace) -> int:
         print(f"server     {server['state']}{where}{age}")
         published = facts["published_generation"]
         print(
-            f"selection  published generation {'none' if published is None else published}; refreshes planned at steps {facts['planned_refreshes']}"
+            f"selection  published generation {'none' if published is None else published}; "
+            f"refreshes planned at steps {facts['planned_refreshes']}"
         )
         for entry in facts["adoptions"]:
             print(f"           generation {entry['generation']} from sample {entry['effective_sample']:,} (epoch {entry['epoch']})")

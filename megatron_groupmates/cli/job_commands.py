@@ -41,7 +41,7 @@ def add_commands(commands: Any) -> None:
     )
     add_config_options(train)
     train.add_argument("--verbose", action="store_true", help="also show debug messages and the libraries' warnings")
-    train.set_defaults(run=_train)
+    train.set_defaults(handler=_train)
 
     serve = commands.add_parser(
         "serve",
@@ -52,7 +52,7 @@ def add_commands(commands: Any) -> None:
     add_config_options(serve)
     serve.add_argument("--once", action="store_true", help="one round on the newest checkpoint, then end")
     serve.add_argument("--verbose", action="store_true", help="also show debug messages and the libraries' warnings")
-    serve.set_defaults(run=_serve)
+    serve.set_defaults(handler=_serve)
 
 
 def _train(options: argparse.Namespace) -> int:

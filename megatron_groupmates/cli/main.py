@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
@@ -22,6 +23,8 @@ start with:
   python -m megatron_groupmates status RUN
 """
 
+_OTHER_RANKS_WAIT_SECONDS = 3.0
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every command."""
@@ -40,13 +43,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    arguments, local_rank = split_local_rank(sys.argv[1:] if arguments is None else arguments)
-    options = build_parser().parse_args(arguments)
-    options.local_rank = local_rank
+    local_rank = None
     try:
-        return options.run(options) or 0
+        arguments, local_rank = split_local_rank(sys.argv[1:] if arguments is None else arguments)
+        options = build_parser().parse_args(arguments)
+        options.local_rank = local_rank
+        return options.handler(options)
     except UserError as error:
         return _fail(str(error), local_rank)
+    except BrokenPipeError:
+        # The reader of standard output has gone (`| head`): what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -55,22 +63,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "what was complete is kept",
             local_rank,
         )
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 1
     except KeyboardInterrupt:
         return 130
 
 
 def split_local_rank(arguments: Sequence[str]) -> tuple[list[str], int | None]:
-    """Take out the ``--local_rank=N`` (or ``--local-rank N``) that launchers put before or among the arguments."""
+    """Take out the ``--local_rank=N`` (or ``--local-rank N``) that launchers put before or among the arguments.
+
+    Raises:
+        UserError: its value is missing or no number.
+    """
     rest: list[str] = []
     local_rank = None
     remaining = iter(arguments)
     for argument in remaining:
         name, _, value = argument.partition("=")
         if name in ("--local_rank", "--local-rank"):
-            local_rank = int(value or next(remaining))
+            value = value or next(remaining, "")
+            if not value.isdecimal():
+                raise UserError(f"{name} takes the number of a rank on its host, got {value!r}")
+            local_rank = int(value)
         else:
             rest.append(argument)
     return rest, local_rank
@@ -78,7 +90,8 @@ def split_local_rank(arguments: Sequence[str]) -> tuple[list[str], int | None]:
 
 def _fail(message: str, local_rank: int | None) -> int:
     # Most mistakes are seen by every rank at once: rank 0 speaks, and the launcher ends the others before they repeat it.
-    if read_launch_environment(os.environ, local_rank).rank:
-        time.sleep(3.0)
+    with contextlib.suppress(UserError):  # the launcher's variables may be the mistake
+        if read_launch_environment(os.environ, local_rank).rank:
+            time.sleep(_OTHER_RANKS_WAIT_SECONDS)
     print(f"error: {message}", file=sys.stderr, flush=True)
     return 1

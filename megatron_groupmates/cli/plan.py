@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,18 +38,20 @@ def add_commands(commands: Any) -> None:
         description="Dry run: needs no GPU and starts nothing. Times assume the sustained speed given by --tflops.",
     )
     add_config_options(parser)
-    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of the trainer (default: one tensor-parallel group)")
-    parser.add_argument("--server-gpus", type=int, metavar="N", help="GPUs of the selection server (default: one tensor-parallel group)")
+    parser.add_argument("--gpus", type=_positive(int), metavar="N", help="GPUs of the trainer (default: one tensor-parallel group)")
+    parser.add_argument(
+        "--server-gpus", type=_positive(int), metavar="N", help="GPUs of the selection server (default: one tensor-parallel group)"
+    )
     parser.add_argument(
         "--tflops",
-        type=float,
+        type=_positive(float),
         default=400.0,
         metavar="T",
         help="sustained TFLOP/s per GPU (default 400: an H100 or H200 in bf16 at about 40 %% of its peak)",
     )
     parser.add_argument("--no-data", action="store_true", help="do not open the pools: check the config alone")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.set_defaults(run=_plan)
+    parser.set_defaults(handler=_plan)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -98,7 +101,8 @@ def make_plan(config: Config, hardware: Hardware, pool: PoolIndex | None) -> dic
     refreshes = len(refresh_steps(config))
     stages = selection_flops(config, pool.num_samples if pool else None) if config.selection.enabled else {}
     server_speed = hardware.server_gpus * hardware.flops_per_second
-    saves = training.train_iters // config.checkpoint.save_interval + 1 + refreshes
+    interval = config.checkpoint.save_interval
+    saves = len({*range(interval, training.train_iters + 1, interval), training.train_iters, *refresh_steps(config)})
     return {
         "output_dir": config.run.output_dir,
         "mode": config.selection.mode,
@@ -132,36 +136,40 @@ def make_plan(config: Config, hardware: Hardware, pool: PoolIndex | None) -> dic
 
 
 def selection_flops(config: Config, num_samples: int | None) -> dict[str, float]:
-    """FLOPs of each stage of one round; of the whole pool where its size is known."""
+    """FLOPs of each stage of one round that ``selection.method`` has; of the whole pool where its size is known."""
     oracle, size, length = config.oracle, model_size(config), config.model.sequence_length
     sequence = float(size.forward_flops_per_token) * length
     per_step = 3 * sequence + (oracle.reference_samples * sequence if oracle.estimator == "exact" else 0.0)
-    stages = {
-        "oracle_random": oracle.num_random_rollouts * oracle.rollout_length * per_step,
-        "oracle_bootstrap": oracle.num_bootstrap_rollouts * oracle.rollout_length * per_step,
-        "candidates": oracle.num_candidates * sequence,
-    }
-    if num_samples is not None:
+    stages = {}
+    if config.selection.method in ("group", "individual"):
+        stages = {
+            "oracle_random": oracle.num_random_rollouts * oracle.rollout_length * per_step,
+            "oracle_bootstrap": oracle.num_bootstrap_rollouts * oracle.rollout_length * per_step,
+            "candidates": oracle.num_candidates * sequence,
+        }
+    if num_samples is not None and config.selection.method != "random":
         stages["embeddings"] = num_samples * sequence
     return stages
 
 
 def format_plan(facts: dict[str, Any]) -> str:
     """The plan as a table for people."""
-    memory, gib = facts["memory_per_gpu"], 2**30
+    training, memory, gib = facts["training"], facts["memory_per_gpu"], 2**30
     lines = [
         f"parameters        {facts['parameters']:,}",
-        f"training          {facts['tokens']:,} tokens in {facts['samples']:,} samples; data parallel {facts['data_parallel_size']}, "
-        f"{facts['micro_batches_per_step']} micro-batches per step",
-        f"                  {facts['training']['flops']:.3g} FLOPs, {_time(facts['training']['seconds'])} on {facts['training']['gpus']} GPUs",
+        f"training          {facts['tokens']:,} tokens in {facts['samples']:,} samples; "
+        f"data parallel {facts['data_parallel_size']}, {facts['micro_batches_per_step']} micro-batches per step",
+        f"                  {training['flops']:.3g} FLOPs, {_time(training['seconds'])} on {training['gpus']} GPUs",
         f"memory per GPU    {memory['total'] / gib:.1f} GiB: "
         + ", ".join(f"{name} {value / gib:.1f}" for name, value in memory.items() if name != "total"),
-        f"disk              {facts['disk_bytes'] / gib:.1f} GiB: {facts['checkpoints']} checkpoints of {facts['checkpoint_bytes'] / gib:.2f} GiB",
+        f"disk              {facts['disk_bytes'] / gib:.1f} GiB: "
+        f"{facts['checkpoints']} checkpoints of {facts['checkpoint_bytes'] / gib:.2f} GiB",
     ]
     pool = facts["pool"]
     if pool:
         lines.append(
-            f"pool              {pool['samples']:,} samples, {pool['tokens']:,} tokens in {pool['shards']} shards; the run reads {pool['epochs']:.2f} of it"
+            f"pool              {pool['samples']:,} samples, {pool['tokens']:,} tokens in {pool['shards']} shards; "
+            f"the run reads {pool['epochs']:.2f} of it"
         )
     if facts["selection"]:
         steps = facts["refresh_steps"]
@@ -174,6 +182,19 @@ def format_plan(facts: dict[str, Any]) -> str:
             f"  {name:<15} {stage['flops']:.3g} FLOPs, {_time(stage['seconds'])} per round" for name, stage in facts["selection"].items()
         ]
     return "\n".join(lines)
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    """An argparse type: ``kind`` above 0."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    read.__name__ = kind.__name__  # what argparse calls it when ``kind`` cannot read the text
+    return read
 
 
 def _time(seconds: float) -> str:

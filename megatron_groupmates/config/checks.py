@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_groupmates.config.errors import UserError
+from megatron_groupmates.config.schedule import wsd_decay_steps
 from megatron_groupmates.config.sections import Config
 
 
@@ -96,6 +97,12 @@ def _check_schedule(config: Config) -> None:
     decay = optimizer.decay_iters or iters
     if optimizer.warmup_iters > decay:
         raise UserError(f"optimizer.warmup_iters: {optimizer.warmup_iters} is longer than the schedule ({decay} steps)")
+    falling = wsd_decay_steps(optimizer.decay_fraction, decay)
+    if optimizer.schedule == "wsd" and optimizer.warmup_iters + falling > decay:
+        raise UserError(
+            f"optimizer.decay_fraction: {optimizer.decay_fraction} of {decay} steps is {falling} steps of decay, which begin before "
+            f"the {optimizer.warmup_iters} steps of optimizer.warmup_iters end; lower one of them"
+        )
     if optimizer.min_learning_rate > optimizer.learning_rate:
         raise UserError(
             f"optimizer.min_learning_rate: {optimizer.min_learning_rate} is above optimizer.learning_rate {optimizer.learning_rate}"

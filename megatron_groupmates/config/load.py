@@ -83,7 +83,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         section = tree[keys[0]] = {}
     if not isinstance(section, dict):
         raise UserError(f"{keys[0]}: expected a mapping of settings, got {section!r}")
-    section[keys[1]] = yaml.safe_load(value)
+    try:
+        section[keys[1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not valid YAML: {error}") from error
 
 
 def _build(kind: type, tree: Any, path: str) -> Any:
@@ -133,7 +136,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
             value = "off"
         if value not in choices or isinstance(value, bool):
             raise UserError(f"{path}: {value!r} is not one of {', '.join(map(str, choices))}")
-        return value
+        return choices[choices.index(value)]  # 1, not 1.0
     if hint is float and not isinstance(value, bool):
         # YAML 1.1 reads 3e-4 (no dot) as a string.
         try:

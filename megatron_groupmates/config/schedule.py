@@ -25,5 +25,12 @@ def learning_rate(config: Config, step: int) -> float:
     if settings.schedule == "cosine":
         progress = (step - warmup) / (end - warmup)
         return low + 0.5 * (peak - low) * (1.0 + math.cos(math.pi * progress))
-    decay_steps = max(1, round(settings.decay_fraction * end))
-    return low + (peak - low) * min(1.0, (end - step) / decay_steps)
+    decay_steps = wsd_decay_steps(settings.decay_fraction, end)
+    if step <= end - decay_steps:
+        return peak
+    return low + (peak - low) * (end - step) / decay_steps
+
+
+def wsd_decay_steps(decay_fraction: float, end: int) -> int:
+    """Steps of the linear decay of a WSD schedule that ends at step ``end``."""
+    return max(1, round(decay_fraction * end))

@@ -120,12 +120,13 @@ class SelectionConfig:
     enabled: bool = setting(False, "off: the trainer reads the whole pool in one seeded order and imports no selection code")
     mode: Literal["async", "blocking", "inline"] = setting(
         "async",
-        "async: adopt when ready; blocking: wait at each refresh; inline: the trainer ends at each refresh so that the same GPUs can select",
+        "async: adopt when ready; blocking: wait at each refresh; "
+        "inline: the trainer ends at each refresh so that the same GPUs can select",
     )
     method: Literal["group", "individual", "similarity", "random"] = setting("group", "what the server selects by")
     recipe: Literal["default", "paper"] = setting("default", "paper: the published choices throughout; default: the measured better ones")
     ratio: float = setting(0.5, "share of the unconsumed pool, by tokens, that a round keeps", minimum=0.0, maximum=1.0)
-    first_refresh_step: int = setting(1000, "step whose checkpoint starts the first round (after the warm-up on random data)", minimum=0)
+    first_refresh_step: int = setting(1000, "step whose checkpoint starts the first round (after the warm-up on random data)", minimum=1)
     refresh_interval: int = setting(10000, "steps between rounds", minimum=1)
     max_refreshes: int | None = setting(None, "rounds in the whole run; as many as fit when unset", minimum=0)
     poll_interval_steps: int = setting(1, "steps between looks at the selection pointer", minimum=1, may_change=True)

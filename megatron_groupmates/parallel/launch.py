@@ -43,7 +43,7 @@ def read_launch_environment(environment: Mapping[str, str], local_rank: int | No
             raise UserError(f"{rank_name} is set but {world_name} is not: start with deepspeed, torchrun or srun, which set both")
         rank, world_size = int(environment[rank_name]), int(environment[world_name])
         fallback = rank if local_rank is None else local_rank
-        local_world = environment.get(local_world_name) or environment.get("CROSS_SIZE") or str(world_size)
+        local_world = environment.get(local_world_name) or environment.get("LOCAL_SIZE") or str(world_size)
         address = environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR") or "127.0.0.1"
         return LaunchEnvironment(
             rank=rank,

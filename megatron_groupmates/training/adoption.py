@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_groupmates.config import Config, RunPaths, UserError, refresh_steps
 from megatron_groupmates.parallel import ParallelGroups
-from megatron_groupmates.pool.generation import Generation, load_generation, publish, read_pointer, write_generation
+from megatron_groupmates.pool.generation import POINTER_FILE, Generation, load_generation, publish, read_pointer, write_generation
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.log import LogEntry, append_entry, read_log
 from megatron_groupmates.training.live_order import LiveOrder
@@ -60,7 +60,7 @@ def _start_log(config: Config, paths: RunPaths, pool: PoolIndex, consumed_train_
             write_generation(paths.selection, 0, pool, None, {"method": "all", "seed": config.run.seed})
         inherited = (LogEntry(generation=0, effective_sample=0, epoch=0, digest=load_generation(paths.selection, 0, pool).digest),)
     write_text(paths.generation_log, "".join(json.dumps(dataclasses.asdict(entry)) + "\n" for entry in inherited))
-    if read_pointer(paths.selection) is None:
+    if not (paths.selection / POINTER_FILE).exists():
         publish(paths.selection, inherited[-1].generation)
 
 

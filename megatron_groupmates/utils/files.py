@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
-def fsync_directory(path: Path) -> None:
-    """Make renames and new names inside ``path`` durable."""
+def fsync_path(path: Path) -> None:
+    """Make a file's content, or the renames and new names inside a directory, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -40,7 +40,7 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    fsync_directory(path.parent)
+    fsync_path(path.parent)
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:
@@ -78,23 +78,21 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for item in partial.rglob("*"):
-            if item.is_file():
-                with open(item, "rb") as file:
-                    os.fsync(file.fileno())
-        fsync_directory(partial)
+        for item in (*partial.rglob("*"), partial):
+            fsync_path(item)
         os.rename(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    fsync_directory(path.parent)
+    fsync_path(path.parent)
 
 
 def append_line(path: Path | str, line: str) -> None:
     """Append one line to ``path`` and sync it; a torn last line left by a crash is cut off first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
+    # Unbuffered: what a full disk refuses must not be written by a later close.
+    with open(path, "a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         if size:
             file.seek(size - 1)
@@ -103,8 +101,9 @@ def append_line(path: Path | str, line: str) -> None:
                 file.truncate(file.read().rfind(b"\n") + 1)
         start = file.seek(0, os.SEEK_END)
         try:
-            file.write(line.encode() + b"\n")
-            file.flush()
+            content = line.encode() + b"\n"
+            while content:
+                content = content[file.write(content) :]
             os.fsync(file.fileno())
         except OSError:
             with contextlib.suppress(OSError):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
-from megatron_groupmates.config import Config, RunPaths, UserError, config_differences, config_from_dict, dump_config
+from megatron_groupmates.config import Config, RunPaths, UserError, config_differences, dump_config, parse_config
 from megatron_groupmates.utils.files import write_text
 
 
@@ -36,12 +34,12 @@ def read_run_config(run: Path) -> Config:
     """The resolved config of the run in ``run``.
 
     Raises:
-        UserError: ``run`` is not a run directory.
+        UserError: ``run`` is not a run directory, or its config is damaged.
     """
     paths = RunPaths(run)
     if not paths.config.is_file():
         raise UserError(f"{run} is not a run directory: it has no config.yaml; give the run.output_dir of a trainer")
-    return config_from_dict(yaml.safe_load(paths.config.read_text()))
+    return parse_config(paths.config.read_text(), source=str(paths.config))
 
 
 def find_checkpoint(config: Config) -> tuple[Path, str | None] | None:
