@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_groupmates.config.errors import UserError
-from megatron_groupmates.config.schedule import wsd_decay_steps
+from megatron_groupmates.config.schedule import decay_end, wsd_decay_steps
 from megatron_groupmates.config.sections import Config
 
 
@@ -94,7 +94,7 @@ def _check_batches(config: Config) -> None:
 
 def _check_schedule(config: Config) -> None:
     optimizer, iters = config.optimizer, config.training.train_iters
-    decay = optimizer.decay_iters or iters
+    decay = decay_end(config)
     if optimizer.warmup_iters > decay:
         raise UserError(f"optimizer.warmup_iters: {optimizer.warmup_iters} is longer than the schedule ({decay} steps)")
     falling = wsd_decay_steps(optimizer.decay_fraction, decay)

@@ -13,6 +13,7 @@ import yaml
 
 from megatron_groupmates.config.checks import check_config
 from megatron_groupmates.config.errors import UserError
+from megatron_groupmates.config.schedule import decay_end
 from megatron_groupmates.config.sections import Config
 
 
@@ -60,6 +61,12 @@ def dump_config(config: Config) -> str:
 def config_differences(saved: Config, current: Config) -> list[str]:
     """Lines ``path: saved -> current`` for settings that a resumed run must not change."""
     lines = []
+    if saved.optimizer.schedule != "constant" and decay_end(saved) != decay_end(current):
+        # Unset it follows train_iters: without this rule a longer run would silently get another schedule.
+        lines.append(
+            f"optimizer.decay_iters: {decay_end(saved)} -> {decay_end(current)} (it follows training.train_iters when unset; "
+            f"set optimizer.decay_iters={decay_end(saved)} to go on with the saved schedule)"
+        )
     for section in dataclasses.fields(Config):
         before, after = getattr(saved, section.name), getattr(current, section.name)
         for item in dataclasses.fields(before):

@@ -93,7 +93,7 @@ class OptimizerConfig:
         "cosine", "decay after the warm-up; wsd: stable, then linear over decay_fraction"
     )
     warmup_iters: int = setting(0, "steps of linear warm-up", minimum=0)
-    decay_iters: int | None = setting(None, "step at which the decay ends; train_iters when unset", minimum=1)
+    decay_iters: int | None = setting(None, "step at which the decay ends; train_iters when unset", minimum=1, may_change=True)
     decay_fraction: float = setting(0.2, "wsd: share of decay_iters spent decaying", minimum=0.0, maximum=1.0)
     weight_decay: float = setting(0.033, "decoupled weight decay of matrices and embeddings; norms have none", minimum=0.0)
     beta1: float = setting(0.9, "AdamW beta1", minimum=0.0, maximum=0.9999999)

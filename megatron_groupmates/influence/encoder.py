@@ -49,7 +49,7 @@ class HuggingFaceEncoder:
         device: where the encoder runs.
 
     Raises:
-        UserError: when the model cannot be loaded.
+        UserError: when the model cannot be loaded or its tokenizer has no [CLS] or [SEP].
     """
 
     def __init__(self, name: str, detokenise: Any, max_tokens: int, device: torch.device) -> None:
@@ -63,6 +63,8 @@ class HuggingFaceEncoder:
                 f"relational.encoder: cannot load {name!r} ({str(error).splitlines()[0]}); give a Hugging Face encoder's name, "
                 "a local directory, or 'probe', which needs no other model"
             ) from error
+        if self._tokenizer.cls_token_id is None or self._tokenizer.sep_token_id is None:
+            raise UserError(f"relational.encoder: the tokenizer of {name!r} has no [CLS] or no [SEP] token; choose a BERT-like encoder")
         self._detokenise = detokenise
         self._max_tokens = max_tokens
         self._device = device
@@ -80,13 +82,12 @@ class HuggingFaceEncoder:
 
     def _windows(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
         """Token windows of all texts and the text each belongs to; an empty text has one window of [CLS] [SEP]."""
-        special = self._tokenizer.num_special_tokens_to_add()
-        body = WINDOW_TOKENS - special
+        body = WINDOW_TOKENS - 2
         windows, owners = [], []
         for number, text in enumerate(texts):
             ids = self._tokenizer(text, add_special_tokens=False, truncation=True, max_length=self._max_tokens)["input_ids"]
             for first in range(0, max(1, len(ids)), body):
-                windows.append(self._tokenizer.build_inputs_with_special_tokens(ids[first : first + body]))
+                windows.append([self._tokenizer.cls_token_id, *ids[first : first + body], self._tokenizer.sep_token_id])
                 owners.append(number)
         return windows, owners
 

@@ -66,7 +66,7 @@ def measure_rollouts(
     """Losses float64 ``[R, T + 1]`` of ``rollouts`` int64 ``[R, T]`` (see :func:`measure_rollout`).
 
     Args:
-        probe: loaded.
+        probe: loaded; left at the checkpoint, as the encoder may use its model.
         rollouts: samples by number.
         read_samples: numbers int64 ``[T]`` -> tokens int64 ``[T, s + 1]`` on the probe's device.
         learning_rate: of every step.
@@ -81,4 +81,5 @@ def measure_rollouts(
     for number, rollout in enumerate(rollouts):
         losses[number] = measure_rollout(probe, read_samples(rollout), learning_rate, estimator, gradient)
         on_rollout(1)
+    probe.restore()
     return losses

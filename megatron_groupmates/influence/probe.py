@@ -156,6 +156,8 @@ class Probe:
         num_tokens = 0.0
         for tokens, labels in self._reference:
             scored = float((labels >= 0).sum())
+            if not scored:
+                continue
             self._backward(tokens, labels, 0.0)
             for total, flat in zip(totals, self._flat, strict=True):
                 total.add_(flat.gradient, alpha=scored)

@@ -79,7 +79,10 @@ def evaluation_plot(summary: dict[str, Any]) -> Figure:
         adopted = [at for at in adoptions(arm) if tokens[0] <= at <= tokens[-1]]
         _curve(panels[0], tokens, losses, adopted, colours[label], f"{label} ({losses[-1]:.3f})")
         if baseline is not None:
-            _curve(panels[1], tokens, losses - np.interp(tokens, *baseline), adopted, colours[label], label)
+            # Before random's first evaluation, where it branched off, there is nothing to compare with.
+            shared = tokens >= baseline[0, 0]
+            difference = losses[shared] - np.interp(tokens[shared], *baseline)
+            _curve(panels[1], tokens[shared], difference, [at for at in adopted if at >= baseline[0, 0]], colours[label], label)
     if any(adoptions(arm) for arm in arms.values()):
         panels[0].plot([], [], "v", color=_INK, markersize=7, label="new generation in force")
     for axes, name in zip(panels, ("evaluation loss (nats per token)", "difference from random"), strict=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Run:
         seconds: of training, this run's own.
         flops: of training from step 0 to the last one, the part before the branch included.
         consumed_tokens: training tokens up to the last step, likewise.
-        branch_tokens: training tokens the run took over from the checkpoint it branched from.
+        branch_tokens: training tokens at which the runs compared branched; before it they are one run.
         tokens_per_step: of one optimizer step.
         evaluations: (training tokens, evaluation loss), tokens ascending, finite losses only.
         num_not_finite: evaluations left out because their loss was not finite.
@@ -80,7 +80,9 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
         raise UserError(f"a run is given twice: {', '.join(map(str, directories))}")
     runs = [read_run(Path(directory)) for directory in directories]
     labels = unique_labels([(run.arm, run.seed, run.name) for run in runs])
-    return [Run(**{**vars(run), "label": label}) for run, label in zip(runs, labels, strict=True)]
+    # The run that others branched from took part in the comparison only from there on.
+    branch_tokens = max(run.branch_tokens for run in runs)
+    return [replace(run, label=label, branch_tokens=branch_tokens) for run, label in zip(runs, labels, strict=True)]
 
 
 def unique_labels(keys: Sequence[tuple[str, int | None, str]]) -> list[str]:

@@ -8,13 +8,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_groupmates import __version__
-from megatron_groupmates.config import Config, RunPaths, config_to_dict
+from megatron_groupmates.config import Config, RunPaths, UserError, config_to_dict
 from megatron_groupmates.model.sizes import ModelSize, model_size
 from megatron_groupmates.parallel import ParallelGroups
 from megatron_groupmates.pool.index import PoolIndex
@@ -26,6 +27,7 @@ from megatron_groupmates.utils.files import atomic_file, read_json, sha256_json,
 logger = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +70,15 @@ class RoundContext:
         """A seed of its own for each purpose in each round."""
         return derive_key(self.config.run.seed, "round", self.input.number, purpose) % 2**31
 
-    def begin(self) -> None:
-        """Bind the directory to this checkpoint and these settings; work for others is moved aside. Collective."""
+    def begin(self, reference_pool: PoolIndex) -> None:
+        """Bind the directory to this checkpoint, data and settings; work for others is moved aside. Collective."""
         facts = {
             "number": self.input.number,
             "tag": self.input.tag,
             "step": self.input.step,
             "consumed_train_samples": self.input.consumed_train_samples,
             "pool_fingerprint": self.pool.fingerprint,
+            "reference_fingerprint": reference_pool.fingerprint,
             "code_version": __version__,
             "settings": sha256_json(
                 {section: config_to_dict(self.config)[section] for section in ("model", "optimizer", "selection", "oracle", "relational")}
@@ -109,12 +112,31 @@ class RoundContext:
             return
         with self.bookkeeping(name, flops):
             if work is not None:
-                work()
-                self.groups.barrier()
-            if self.groups.is_main:
-                with atomic_file(path) as file:
-                    np.savez(file, **collect())
-        self.groups.barrier()
+                self.together(work)
+            self.on_main(lambda: self._keep(path, collect()))
+
+    def together(self, act: Callable[[], Result]) -> Result:
+        """``act()`` on every rank; a UserError of one is raised on all, so that they fail the round together. Collective."""
+        result, problem = None, None
+        try:
+            result = act()
+        except UserError as error:
+            problem = error
+        messages: list[str | None] = [None] * self.groups.world_size
+        dist.all_gather_object(messages, None if problem is None else str(problem))
+        for message in messages:
+            if message is not None:
+                raise UserError(message) from problem
+        return result  # type: ignore[return-value]
+
+    def on_main(self, act: Callable[[], object]) -> None:
+        """``act()`` on the main rank alone; its UserError is raised on all, and none goes on before it is done. Collective."""
+        self.together(lambda: act() if self.groups.is_main else None)
+
+    @staticmethod
+    def _keep(path: Path, arrays: Arrays) -> None:
+        with atomic_file(path) as file:
+            np.savez(file, **arrays)
 
     def arrays(self, name: str) -> Arrays:
         """What a finished stage kept."""

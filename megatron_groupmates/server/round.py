@@ -50,7 +50,7 @@ def run_round(context: RoundContext, reference_pool: PoolIndex, consumed: np.nda
     Raises:
         UserError: the checkpoint, the pool or every fit is unusable; nothing is published.
     """
-    context.begin()
+    context.begin(reference_pool)
     if context.groups.broadcast_object(generation_path(context.paths.selection, context.input.number).exists()):
         return _publish(context)
     available = np.flatnonzero(~consumed)
@@ -108,12 +108,16 @@ def learn_influence(context: RoundContext, probe: Probe, encoder: Encoder, avail
 def load_probe(context: RoundContext, reference_pool: PoolIndex) -> tuple[Probe, Encoder]:
     """The round's checkpoint as a probe, and the encoder. Collective."""
     config, groups = context.config, context.groups
-    with context.bookkeeping("load_checkpoint", 0.0):
+
+    def load() -> tuple[Probe, Encoder]:
         model = build_gpt(config, groups, server_tensor_parallel_size(config), resolve_precision(config.training.precision))
         reference = load_reference(reference_pool, config.model.sequence_length, config.oracle.reference_samples, groups.device)
         probe = Probe(model, config, groups, reference, config.oracle.reference_batch_size)
         probe.load(ZeroCheckpoint(context.input.tag_dir))
         return probe, build_encoder(config, model, context.pool, groups.device)
+
+    with context.bookkeeping("load_checkpoint", 0.0):
+        return context.together(load)
 
 
 def build_encoder(config: Config, model: Any, pool: PoolIndex, device: Any) -> Encoder:
@@ -143,7 +147,8 @@ def _finish(
 ) -> int:
     """Select, write the generation with its provenance, publish."""
     reports = select_generation(context, available, model.relation_values() if model else None, reference_features)
-    if context.groups.is_main:
+
+    def write() -> None:
         provenance = {
             "method": context.config.selection.method,
             "recipe": context.config.selection.recipe,
@@ -159,7 +164,8 @@ def _finish(
             **reports,
         }
         write_generation(context.paths.selection, context.input.number, context.pool, context.arrays("selection")["rows"], provenance)
-    context.groups.barrier()
+
+    context.on_main(write)
     return _publish(context)
 
 

@@ -48,7 +48,8 @@ def serve(config: Config, groups: ParallelGroups, once: bool) -> bool:
         check_same_tokenizer(pool, reference, "data.reference")
     succeeded = True
     while True:
-        tag_dir = _newest_tag(config) if once else _await_refresh(config, paths, groups)
+        # Rank 0's view for all: the trainer may write a checkpoint between two ranks' looks.
+        tag_dir = groups.broadcast_object(_newest_tag(config)) if once else _await_refresh(config, paths, groups)
         if tag_dir is None:
             break
         number = groups.broadcast_object(_round_number(config, paths, tag_step(tag_dir.name)) if groups.is_main else None)

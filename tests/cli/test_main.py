@@ -47,7 +47,9 @@ def test_other_arguments_pass_untouched() -> None:
     assert split_local_rank(given) == (given, None)
 
 
-@pytest.mark.parametrize(("given", "value"), [(["train", "--local_rank"], "''"), (["--local-rank=x"], "'x'"), (["--local_rank", "-1"], "'-1'")])
+@pytest.mark.parametrize(
+    ("given", "value"), [(["train", "--local_rank"], "''"), (["--local-rank=x"], "'x'"), (["--local_rank", "-1"], "'-1'")]
+)
 def test_a_local_rank_without_a_number_is_told(given: list[str], value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=f"takes the number of a rank on its host, got {value}"):
         split_local_rank(given)
@@ -169,7 +171,10 @@ def test_serving_a_run_without_selection_is_refused(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().err == "error: selection.enabled: false, so there is nothing to serve; set it to true\n"
 
 
-def test_training_a_finished_run_does_nothing(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_a_finished_run_does_nothing(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megatron_groupmates.utils.logging.configure_logging", lambda *_: None)  # it would outlive the test
     run = tmp_path / "run"
     run.mkdir()
     (run / "training.json").write_text('{"state": "finished", "step": 20}')

@@ -57,7 +57,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, tmp_pat
     try:
         for rank in range(world_size):
             os.environ.update(overrides, RANK=str(rank), LOCAL_RANK=str(rank))
-            process = context.Process(target=_child, daemon=True, name=f"rank {rank}",
+            process = context.Process(target=_child, daemon=False, name=f"rank {rank}",
                                       args=(function, rank, world_size, args, str(work), collective_timeout_seconds))
             process.start()
             processes.append(process)

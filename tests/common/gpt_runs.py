@@ -20,7 +20,8 @@ from megatron_groupmates.pool.index import PoolIndex
 from tests.common.distributed import run_ranks
 from tests.pool.helpers import make_pool
 
-VOCABULARY, SEQUENCE_LENGTH, BATCH, TRAIN_ITERS = 256, 16, 4, 6
+VOCABULARY, SEQUENCE_LENGTH, BATCH, TRAIN_ITERS = 256, 16, 4, 8
+REFRESHES = (5, 7)
 ROWS_PER_SHARD = (40, 56, 48)
 
 
@@ -37,7 +38,8 @@ def tiny_tree(root: Path | str, **changes: Any) -> dict[str, Any]:
         "parallel": {"tensor_model_parallel_size": 1},
         "optimizer": {"learning_rate": 1e-2, "min_learning_rate": 1e-3, "warmup_iters": 2, "weight_decay": 0.1},
         "checkpoint": {"save_interval": 1},
-        "selection": {"enabled": True, "first_refresh_step": 3, "refresh_interval": 2, "num_clusters": 4, "kmeans_iterations": 5},
+        "selection": {"enabled": True, "first_refresh_step": REFRESHES[0], "refresh_interval": 2, "num_clusters": 4,
+                      "kmeans_iterations": 5},
         "oracle": {"rollout_length": 3, "num_random_rollouts": 20, "num_bootstrap_rollouts": 6, "num_candidates": 48,
                    "reference_samples": 4, "reference_batch_size": 4, "chunk_rollouts": 4},
         "relational": {"embedding_dim": 4, "epochs": 6, "warmup_steps": 2, "learning_rate": 3e-2, "held_out_fraction": 0.3},
@@ -55,18 +57,18 @@ def tiny_config(root: Path | str, **changes: Any) -> Config:
 
 
 def predictable(count: int, seed: int) -> list[np.ndarray]:
-    """Sequences in which each token follows from the one before, ids below 64."""
-    tokens = np.random.default_rng(seed).integers(0, 64, (count, 1))
+    """Sequences in which each token follows from the one before, ids below 8."""
+    tokens = np.random.default_rng(seed).integers(0, 8, (count, 1))
     for _ in range(SEQUENCE_LENGTH):
-        tokens = np.concatenate([tokens, (5 * tokens[:, -1:] + 3) % 64], axis=1)
+        tokens = np.concatenate([tokens, (5 * tokens[:, -1:] + 3) % 8], axis=1)
     return list(tokens)
 
 
 def make_pools(root: Path) -> PoolIndex:
-    """``root/pool``, in which the samples of kind ``web`` (a third) are predictable and the others random, and
-    ``root/reference`` of predictable samples."""
+    """``root/pool``, in which the samples of kind ``web`` (a third) are predictable, the others random of other
+    ids, and ``root/reference`` of predictable samples."""
     count = sum(ROWS_PER_SHARD)
-    samples = list(np.random.default_rng(1).integers(0, VOCABULARY, (count, SEQUENCE_LENGTH + 1)))
+    samples = list(np.random.default_rng(1).integers(8, VOCABULARY, (count, SEQUENCE_LENGTH + 1)))
     # make_pool gives row r the kind r % 3 - 1: none, web, book.
     samples[1::3] = predictable(len(samples[1::3]), 2)
     make_pool(root / "reference", (6,), samples=predictable(6, 3), vocab_size=VOCABULARY)
@@ -74,7 +76,8 @@ def make_pools(root: Path) -> PoolIndex:
 
 
 def open_groups(tensor_size: int) -> Any:
-    """Groups of a world that :func:`run_ranks` started; may be called again with another size."""
+    """Groups of a world that :func:`run_ranks` started, on the CPU; may be called again with another size."""
+    torch.cuda.is_available = lambda: False
     from megatron_groupmates.parallel import initialize_parallel, read_launch_environment
     from megatron_groupmates.parallel.device import prepare_cpu_backend
 
@@ -93,7 +96,8 @@ def one_rank(directory: Path) -> Iterator[Any]:
     """Groups of a world of one in this process, gone afterwards with all they changed."""
     from megatron_groupmates.parallel.groups import shut_down
 
-    environment, threads, device = dict(os.environ), torch.get_num_threads(), torch.cuda.current_device
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    device, available = torch.cuda.current_device, torch.cuda.is_available
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
     torch.distributed.init_process_group("gloo", init_method=f"file://{directory / 'rendezvous'}", rank=0, world_size=1)
@@ -104,7 +108,7 @@ def one_rank(directory: Path) -> Iterator[Any]:
         os.environ.clear()
         os.environ.update(environment)
         torch.set_num_threads(threads)
-        torch.cuda.current_device = device
+        torch.cuda.current_device, torch.cuda.is_available = device, available
 
 
 def train_tiny_runs(rank: int, world_size: int, trees: list[dict[str, Any]]) -> None:
@@ -169,17 +173,23 @@ def trained_run(tensor_size: int, tmp_path_factory: pytest.TempPathFactory) -> T
     return _trained[tensor_size]
 
 
-def batch_of_step(run: TrainedRun, step: int) -> torch.Tensor:
-    """The samples int64 ``[BATCH, s + 1]`` that the trainer takes in ``step`` (from 1), by the run's generation log."""
+def rows_of_samples(run: TrainedRun, first_sample: int, count: int) -> np.ndarray:
+    """Pool rows int64 ``[count]`` of global samples under generation 0, the whole pool."""
     from megatron_groupmates.pool.log import LogEntry
     from megatron_groupmates.pool.order import SampleOrder
+
+    num_samples = sum(ROWS_PER_SHARD)
+    entry = LogEntry(generation=0, effective_sample=0, epoch=0, digest="")
+    order = SampleOrder(num_samples, run.config().run.seed, (entry,), {0: np.ones(num_samples, dtype=bool)})
+    return order.rows(first_sample, count)[0]
+
+
+def batch_of_step(run: TrainedRun, step: int) -> torch.Tensor:
+    """The samples int64 ``[BATCH, s + 1]`` that the trainer takes in ``step`` (from 1)."""
     from megatron_groupmates.pool.reader import PoolReader
 
-    pool = PoolIndex.open(run.root / "pool")
-    entry = LogEntry(generation=0, effective_sample=0, epoch=0, digest="")
-    order = SampleOrder(pool.num_samples, run.config().run.seed, (entry,), {0: np.ones(pool.num_samples, dtype=bool)})
-    rows, _ = order.rows((step - 1) * BATCH, BATCH)
-    return torch.from_numpy(np.stack(PoolReader(pool).read_many(rows)))
+    reader = PoolReader(PoolIndex.open(run.root / "pool"))
+    return torch.from_numpy(np.stack(reader.read_many(rows_of_samples(run, (step - 1) * BATCH, BATCH))))
 
 
 def snapshot(directory: Path, keep: Callable[[Path], bool] = lambda path: True) -> dict[str, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -59,7 +60,7 @@ def test_the_warm_up_rises_evenly_to_the_peak(schedule: str) -> None:
     config = scheduled(schedule, warmup_iters=10)
     rates = [learning_rate(config, step) for step in range(1, 11)]
     assert rates == pytest.approx([1e-2 * step / 10 for step in range(1, 11)])
-    assert all(before < after for before, after in zip(rates, rates[1:], strict=False))
+    assert all(before < after for before, after in itertools.pairwise(rates))
     assert learning_rate(config, 11) <= rates[-1]
 
 
@@ -67,7 +68,7 @@ def test_the_warm_up_rises_evenly_to_the_peak(schedule: str) -> None:
 def test_after_the_warm_up_it_never_rises(schedule: str) -> None:
     config = scheduled(schedule, warmup_iters=10)
     rates = [learning_rate(config, step) for step in range(10, 121)]
-    assert all(before >= after for before, after in zip(rates, rates[1:], strict=False))
+    assert all(before >= after for before, after in itertools.pairwise(rates))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])

@@ -230,7 +230,7 @@ def test_reference_loss_is_one_mean_over_tokens(runs, groups, batch_size):
     assert probe.reference_loss() == pytest.approx(slow_reference_loss(probe.model), rel=1e-6)
 
 
-@pytest.mark.parametrize("batch_size", [2, 7])
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
 def test_reference_gradient_is_that_of_the_mean_loss(runs, groups, batch_size):
     from megatron_groupmates.model.gpt import token_logits
 

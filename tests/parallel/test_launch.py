@@ -18,7 +18,8 @@ def test_no_launcher_is_a_world_of_one() -> None:
 
 
 def test_torchrun_and_deepspeed() -> None:
-    environment = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "host", "MASTER_PORT": "29777"}
+    environment = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "host",
+                   "MASTER_PORT": "29777"}
     assert read_launch_environment(environment) == LaunchEnvironment(
         rank=5, local_rank=1, world_size=8, local_world_size=4, master_addr="host", master_port=29777)
     assert read_launch_environment(environment, local_rank=3).local_rank == 1, "the environment wins"

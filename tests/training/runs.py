@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_groupmates.config import Config, dump_config, parse_config
 from megatron_groupmates.parallel import initialize_parallel
 from megatron_groupmates.parallel.launch import LaunchEnvironment
+from megatron_groupmates.utils.files import read_lines
 from tests.pool.helpers import make_pool
 
 SEQUENCE_LENGTH = 16
@@ -43,17 +45,29 @@ def start(rank: int, world_size: int, config: Config) -> Any:
     return initialize_parallel(environment, config.parallel.tensor_model_parallel_size, config.run.seed)
 
 
-def train_in_rank(rank: int, world_size: int, config: Config, die_before_step: int | None = None,
-                  publish_before_step: int | None = None) -> str:
-    """Train as the ``train`` command does, in this process.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One start of the trainer.
 
-    Args:
-        rank: of this process.
-        world_size: ranks of the job.
+    Attributes:
         config: the run.
         die_before_step: raise :class:`Killed` before this step's batch is read.
         publish_before_step: rank 0 publishes generation 1 (every third row of the pool) at this step boundary.
     """
+
+    config: Config
+    die_before_step: int | None = None
+    publish_before_step: int | None = None
+
+
+def train_jobs(rank: int, world_size: int, jobs: Sequence[Job]) -> list[str]:
+    """Start the trainer for each job, one after the other, as the ``train`` command does; what each start ended with."""
+    return [train_in_rank(rank, world_size, job) for job in jobs]
+
+
+def train_in_rank(rank: int, world_size: int, job: Job) -> str:
+    """One start of the trainer in this process: ``killed``, or what the trainer says."""
+    config = job.config
     groups = start(rank, world_size, config)
     from megatron_groupmates.training.loop import Trainer
 
@@ -61,9 +75,9 @@ def train_in_rank(rank: int, world_size: int, config: Config, die_before_step: i
     train_step = trainer._train_step
 
     def step(rate: float) -> Any:
-        if trainer.step == die_before_step:
+        if trainer.step == job.die_before_step:
             raise Killed
-        if trainer.step == publish_before_step and groups.is_main:
+        if trainer.step == job.publish_before_step and groups.is_main:
             publish_every_third(config)
         return train_step(rate)
 
@@ -100,4 +114,4 @@ def evaluations(config: Config) -> list[tuple[int, float]]:
 
 def rows(config: Config) -> list[dict[str, Any]]:
     """All rows of metrics.jsonl."""
-    return [json.loads(line) for line in (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(Path(config.run.output_dir) / "metrics.jsonl")

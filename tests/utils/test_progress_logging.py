@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_groupmates.utils.logging import configure_logging
+from megatron_groupmates.utils.logging import _NOISY, configure_logging
 from megatron_groupmates.utils.progress import progress_bar, timed
 
 
@@ -18,7 +18,7 @@ from megatron_groupmates.utils.progress import progress_bar, timed
 def logging_restored() -> Iterator[None]:
     package = logging.getLogger("megatron_groupmates")
     before = (package.handlers[:], package.propagate, package.level)
-    levels = {name: logging.getLogger(name).level for name in ("deepspeed", "transformers")}
+    levels = {name: logging.getLogger(name).level for name in (*logging.root.manager.loggerDict, *_NOISY)}
     with warnings.catch_warnings():
         yield
     package.handlers[:], package.propagate = before[0], before[1]

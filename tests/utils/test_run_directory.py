@@ -52,7 +52,9 @@ def test_what_is_not_a_run_is_told(tmp_path: Path) -> None:
         read_run_config(tmp_path)
 
 
-@pytest.mark.parametrize(("content", "message"), [("", "must hold a mapping"), ("run: [", "is not valid YAML"), ("run: {}", "run.output_dir")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "must hold a mapping"), ("run: [", "is not valid YAML"), ("run: {}", "run.output_dir")]
+)
 def test_a_damaged_config_is_told(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(UserError, match=re.escape(message)):

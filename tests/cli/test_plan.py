@@ -1,0 +1,191 @@
+"""``plan``: the published sizes of the example configs, costs that add up, and pools that do not fit."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_groupmates.cli.main import main
+from megatron_groupmates.cli.plan import Hardware, format_plan, make_plan, selection_flops
+from megatron_groupmates.config import UserError, dump_config
+from megatron_groupmates.model.sizes import model_size
+from megatron_groupmates.pool.index import PoolIndex
+from megatron_groupmates.pool.tokenizer import PoolTokenizer
+from tests.common.configs import tiny_config
+from tests.pool import helpers
+from tests.pool.helpers import make_pool
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "dclm"
+# DCLM, as the paper used it: parameters and training tokens.
+PUBLISHED = {
+    "400m_4x": (411_616_256, 4 * 8_232_325_120),
+    "1b_1x": (1_439_795_200, 28_795_904_000),
+    "3b_1x": (2_795_932_160, 55_918_643_200),
+}
+
+
+def run_plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["plan", "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["plan", *arguments]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    return output.err
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> list[str]:
+    """``--config`` of a tiny run whose pools are there."""
+    make_pool(tmp_path / "pool")
+    make_pool(tmp_path / "reference", rows_per_shard=(4,), seed=1)
+    path = tmp_path / "config.yaml"
+    data = {"pool": str(tmp_path / "pool"), "reference": str(tmp_path / "reference")}
+    path.write_text(dump_config(tiny_config(run={"output_dir": str(tmp_path / "run")}, data=data)))
+    return ["--config", str(path)]
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_the_examples_have_the_published_sizes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parameters, tokens = PUBLISHED[name]
+    facts = run_plan(capsys, "--no-data", "--config", str(EXAMPLES / f"{name}.yaml"), "--gpus", "8")
+    assert facts["parameters"] == pytest.approx(parameters, rel=0.005)
+    assert facts["tokens"] == pytest.approx(tokens, rel=0.001)
+    assert facts["tokens"] == facts["samples"] * 2048
+    # Six FLOPs per weight and token, and the attention on top.
+    assert 0.9 < facts["training"]["flops"] / (6 * parameters * tokens) < 1.4
+    assert facts["pool"] is None
+    assert len(facts["refresh_steps"]) >= 3 and 0 < facts["selection_share_of_training"] < 1
+
+
+def test_costs_add_up(run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    facts = run_plan(capsys, *run, "--gpus", "2", "--server-gpus", "4", "--tflops", "0.5", "--set", "checkpoint.save_interval=4")
+    assert (facts["samples"], facts["tokens"]) == (80, 640)
+    assert (facts["data_parallel_size"], facts["micro_batches_per_step"]) == (2, 1)
+    assert facts["training"]["seconds"] == pytest.approx(facts["training"]["flops"] / (2 * 0.5e12))
+    assert facts["training"]["flops"] == 640 * facts["training_flops_per_token"]
+    assert facts["refresh_steps"] == [5, 10, 15]
+    assert facts["checkpoints"] == len({4, 8, 12, 16, 20} | {5, 10, 15})
+    assert facts["disk_bytes"] == facts["checkpoints"] * facts["checkpoint_bytes"] == 8 * 14 * facts["parameters"]
+    assert facts["memory_per_gpu"]["total"] == sum(value for name, value in facts["memory_per_gpu"].items() if name != "total")
+    assert facts["pool"] == {"samples": 16, "tokens": 144, "shards": 3, "epochs": 5.0}
+    stages = facts["selection"]
+    assert set(stages) == {"oracle_random", "oracle_bootstrap", "candidates", "embeddings"}
+    assert all(stage["seconds"] == pytest.approx(stage["flops"] / (4 * 0.5e12)) for stage in stages.values())
+    total = sum(stage["flops"] for stage in stages.values())
+    assert facts["selection_share_of_training"] == pytest.approx(3 * total / facts["training"]["flops"])
+
+
+def test_a_save_at_the_last_step_is_counted_once(tmp_path: Path) -> None:
+    hardware = Hardware(gpus=1, server_gpus=1, flops_per_second=1e12)
+    for interval, count in ((5, 4), (7, 3), (20, 1), (100, 1)):
+        config = tiny_config(checkpoint={"save_interval": interval}, selection={"enabled": False})
+        facts = make_plan(config, hardware, None)
+        assert facts["checkpoints"] == count
+        assert facts["selection"] == {} and facts["selection_share_of_training"] == 0
+
+
+def test_each_method_costs_what_it_does() -> None:
+    sequence = float(model_size(tiny_config()).forward_flops_per_token) * 8
+    oracle = {"num_random_rollouts": 7, "num_bootstrap_rollouts": 3, "rollout_length": 4, "reference_samples": 5, "num_candidates": 16}
+    exact = selection_flops(tiny_config(oracle=oracle), 100)
+    assert exact == pytest.approx(
+        {"oracle_random": 7 * 4 * 8 * sequence, "oracle_bootstrap": 3 * 4 * 8 * sequence, "candidates": 16 * sequence,
+         "embeddings": 100 * sequence})
+    cheap = selection_flops(tiny_config(oracle={**oracle, "estimator": "first_order"}), None)
+    assert cheap == pytest.approx(
+        {"oracle_random": 7 * 4 * 3 * sequence, "oracle_bootstrap": 3 * 4 * 3 * sequence, "candidates": 16 * sequence})
+    assert selection_flops(tiny_config(selection={"method": "individual"}, oracle=oracle), 100) == exact
+    assert set(selection_flops(tiny_config(selection={"method": "similarity"}), 100)) == {"embeddings"}
+    assert selection_flops(tiny_config(selection={"method": "random"}), 100) == {}
+
+
+def test_the_table_says_it_for_people(run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *run, "--tflops", "1e-9"]) == 0
+    table = capsys.readouterr().out
+    for part in (
+        f"parameters        {model_size(tiny_config()).parameters:,}\n",
+        "training          640 tokens in 80 samples; data parallel 1, 2 micro-batches per step",
+        "GiB: 4 checkpoints of",
+        "pool              16 samples, 144 tokens in 3 shards; the run reads 5.00 of it\n",
+        "selection         3 refreshes, at steps 5 to 15; ",
+        "  oracle_random   ",
+    ):
+        assert part in table
+    assert main(["plan", *run, "--set", "selection.enabled=false"]) == 0
+    assert "selection" not in capsys.readouterr().out
+    assert main(["plan", *run, "--set", "selection.max_refreshes=0"]) == 0
+    assert "selection         0 refreshes; 0.0 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(1.26, "1.3 s"), (600.0, "10.0 min"), (7200.0, "2.0 h")])
+def test_times_have_a_fitting_unit(seconds: float, shown: str) -> None:
+    config = tiny_config(selection={"enabled": False})
+    flops = make_plan(config, Hardware(1, 1, 1.0), None)["training"]["flops"]
+    assert f" FLOPs, {shown} on 1 GPUs" in format_plan(make_plan(config, Hardware(1, 1, flops / seconds), None))
+
+
+def test_a_missing_pool(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for what in ("pool", "reference", "evaluation"):
+        missing = tmp_path / "nowhere"
+        message = refused(capsys, *run, "--set", f"data.{what}={missing}")
+        assert message.startswith(f"error: data.{what}: there is no pool at {missing}: no such directory; make one with ")
+    assert run_plan(capsys, *run, "--no-data", "--set", f"data.pool={missing}")["pool"] is None
+
+
+def test_a_directory_that_is_no_pool(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    message = refused(capsys, *run, "--set", f"data.pool={tmp_path / 'folder'}")
+    assert message.startswith(f"error: data.pool: {tmp_path / 'folder'} is not a pool: it has no pool.json; make a pool with ")
+
+
+def test_an_empty_pool(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = json.loads((tmp_path / "reference" / "pool.json").read_text())
+    facts["num_samples"] = 0
+    (tmp_path / "reference" / "pool.json").write_text(json.dumps(facts))
+    assert refused(capsys, *run) == f"error: data.reference: pool {tmp_path / 'reference'} is empty: it has no sample\n"
+
+
+@pytest.mark.parametrize("what", ["reference", "evaluation"])
+def test_pools_of_different_tokenizers(
+    what: str, run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    respelt = json.dumps(json.loads(helpers.tokenizer_json()), indent=1).encode()
+    monkeypatch.setattr(helpers, "tiny_tokenizer", lambda: PoolTokenizer(respelt, "other"))
+    other = make_pool(tmp_path / "other")
+    pool = PoolIndex.open(tmp_path / "pool")
+    assert other.tokenizer["fingerprint"] != pool.tokenizer["fingerprint"]
+    message = refused(capsys, *run, "--set", f"data.{what}={other.directory}")
+    assert message == (f"error: data.{what}: {other.directory} was tokenised with {other.tokenizer}, the pool {pool.directory} with "
+                       f"{pool.tokenizer}; preprocess both with the same tokenizer\n")
+
+
+def test_a_vocabulary_larger_than_the_models(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, *run, "--set", "model.vocab_size=299")
+    assert message == (f"error: data.pool: the tokenizer of {tmp_path / 'pool'} has 300 tokens, model.vocab_size is 299; "
+                       "raise model.vocab_size to at least 300\n")
+    assert run_plan(capsys, *run, "--set", "model.vocab_size=300")["pool"]["samples"] == 16
+
+
+def test_samples_of_another_length(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, *run, "--set", "model.sequence_length=16")
+    assert "training sequences of 16 tokens need samples of 17 tokens, but 16 of the 16 samples of " in message
+    assert str(tmp_path / "pool") in message and "--pack 17" in message
+    make_pool(tmp_path / "long", length=10)
+    message = refused(capsys, *run, "--set", f"data.reference={tmp_path / 'long'}")
+    assert str(tmp_path / "long") in message and "(the first has 10)" in message
+
+
+def test_a_batch_that_does_not_divide(run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    message = "training.global_batch_size: 4 is not a multiple of micro_batch_size 2 x data-parallel size 3"
+    assert message in refused(capsys, *run, "--gpus", "3")
+    with pytest.raises(UserError, match=re.escape(message)):
+        make_plan(tiny_config(), Hardware(gpus=3, server_gpus=1, flops_per_second=1e12), None)
+    message = refused(capsys, *run, "--gpus", "3", "--set", "parallel.tensor_model_parallel_size=2")
+    assert "2 does not divide the 3 started ranks" in message

@@ -1,0 +1,105 @@
+"""Trainer and server as users start them: real ``deepspeed`` jobs, killed with SIGKILL at any time and started again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_groupmates.pool.log import read_log
+from tests.training.runs import evaluations, losses, make_config, rows
+
+ROOT = Path(__file__).parents[2]
+SIZES = ("parallel.tensor_model_parallel_size=2", "training.train_iters=40", "training.eval_interval=20", "checkpoint.save_interval=10")
+SELECTING = ("selection.enabled=true", "selection.first_refresh_step=10", "selection.refresh_interval=100", "selection.poll_interval_steps=1",
+             "selection.max_staleness_steps=10", "selection.num_clusters=2", "selection.ratio=0.4", "oracle.estimator=first_order",
+             "oracle.num_random_rollouts=12", "oracle.num_bootstrap_rollouts=4", "oracle.num_candidates=40", "oracle.rollout_length=4",
+             "oracle.chunk_rollouts=2", "relational.embedding_dim=8", "relational.epochs=3", "server.poll_interval_seconds=0.1")
+
+
+def _start(command: str, config_file: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A ``deepspeed`` job of two ranks in a process group of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", "2", "--master_port", str(port)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.Popen([*launcher, "--module", "megatron_groupmates", command, "--config", str(config_file), *arguments], cwd=ROOT,
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def _kill_when(job: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    """SIGKILL every process of the job as soon as ``reached``."""
+    deadline = time.monotonic() + 90
+    while not reached():
+        assert job.poll() is None, f"the job ended before it could be killed:\n{job.communicate()[0]}"
+        assert time.monotonic() < deadline, "the job did not get there"
+        time.sleep(0.02)
+    for session in _sessions(job.pid):
+        os.killpg(session, signal.SIGKILL)
+    job.wait()
+
+
+def _sessions(leader: int) -> set[int]:
+    """Process groups of the launcher and its descendants (the launcher gives its ranks groups of their own)."""
+    import psutil
+
+    processes = [psutil.Process(leader), *psutil.Process(leader).children(recursive=True)]
+    return {os.getpgid(process.pid) for process in processes}
+
+
+def _finish(job: subprocess.Popen[str], seconds: float = 120) -> str:
+    output = job.communicate(timeout=seconds)[0]
+    assert job.returncode == 0, output
+    return output
+
+
+@pytest.mark.slow
+def test_jobs_killed_at_any_time_go_on_where_they_stood(tmp_path: Path):
+    """One run with trainer and server killed, against one that is never interrupted but follows the same generations."""
+    killed = make_config(tmp_path, *SIZES, *SELECTING, run="killed")
+    config_file, directory = tmp_path / "killed.yaml", Path(killed.run.output_dir)
+    trainer = _start("train", config_file)
+    _kill_when(trainer, lambda: (directory / "metrics.jsonl").exists() and any(row["step"] >= 14 for row in rows(killed)))
+
+    server = _start("serve", config_file)
+    chunks = directory / "selection/rounds/round-000001/oracle_random"
+    _kill_when(server, lambda: len(list(chunks.glob("chunk-*.npz"))) >= 2)
+    kept = {path: path.stat().st_mtime_ns for path in chunks.glob("chunk-*.npz")}
+    _finish(_start("serve", config_file, "--once"))
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "finished chunks are not measured again"
+    assert (directory / "selection/latest").read_text() == "generation-000001\n"
+
+    trainer = _start("train", config_file)
+    _kill_when(trainer, lambda: any(row["step"] >= 25 for row in rows(killed) if "loss" in row))
+    _finish(_start("train", config_file))
+    assert "nothing to do" in _finish(_start("train", config_file))
+
+    # The same generations under the same log, in one go.
+    whole = make_config(tmp_path, *SIZES, *SELECTING, "selection.max_staleness_steps=null", run="whole")
+    selection = Path(whole.run.output_dir) / "selection"
+    selection.parent.mkdir()
+    subprocess.run(["cp", "-r", str(directory / "selection"), str(selection)], check=True)
+    _finish(_start("train", tmp_path / "whole.yaml"))
+    assert {entry.generation for entry in read_log(selection / "log.jsonl")} == {0, 1}
+    assert len(losses(whole)) == 40
+    assert losses(killed) == losses(whole)
+    assert evaluations(killed) == evaluations(whole)
+
+
+@pytest.mark.slow
+def test_a_user_error_in_a_job_is_one_message_and_exit_code_1(tmp_path: Path):
+    make_config(tmp_path, *SIZES)
+    text = (tmp_path / "run.yaml").read_text()
+    (tmp_path / "wrong.yaml").write_text(text.replace(str(tmp_path / "pool"), str(tmp_path / "nowhere")))
+    job = _start("train", tmp_path / "wrong.yaml")
+    output = job.communicate(timeout=60)[0]
+    assert job.returncode == 1
+    assert output.count("error: data.pool:") == 1 and "Traceback" not in output, output
