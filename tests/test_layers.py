@@ -13,8 +13,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "megatron_groupmates"
-ROOMS = ("config", "utils", "parallel", "pool", "model", "checkpoint", "influence", "selection", "training", "server", "report",
-         "integrations", "cli")
+ROOMS = (
+    "config",
+    "utils",
+    "parallel",
+    "pool",
+    "model",
+    "checkpoint",
+    "influence",
+    "selection",
+    "training",
+    "server",
+    "report",
+    "integrations",
+    "cli",
+)
 SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -23,8 +36,29 @@ MAX_FILE_LINES = 500
 TOP_LEVEL = {"README.md", "requirements.txt", PACKAGE, "examples", "tools", "tests", "patches", "LICENSE", "pyproject.toml"}
 # What a pure room may import, and calls that would touch a file system.
 PURE_IMPORTS = {"__future__", "collections", "dataclasses", "difflib", "math", "pathlib", "types", "typing", "yaml"}
-FILE_CALLS = {"open", "exists", "is_file", "is_dir", "iterdir", "glob", "rglob", "stat", "read_text", "read_bytes", "write_text",
-              "write_bytes", "mkdir", "unlink", "touch", "rename", "resolve", "absolute", "expanduser", "cwd", "home"}
+FILE_CALLS = {
+    "open",
+    "exists",
+    "is_file",
+    "is_dir",
+    "iterdir",
+    "glob",
+    "rglob",
+    "stat",
+    "read_text",
+    "read_bytes",
+    "write_text",
+    "write_bytes",
+    "mkdir",
+    "unlink",
+    "touch",
+    "rename",
+    "resolve",
+    "absolute",
+    "expanduser",
+    "cwd",
+    "home",
+}
 
 
 def imported_modules(tree: ast.AST) -> Iterator[str]:
@@ -111,10 +145,16 @@ def test_rooms_import_downwards(path: Path) -> None:
         ("pool", "from megatron_groupmates.model import gpt", "pool is below model"),
         ("pool", "from megatron_groupmates import model", "pool is below model"),
         ("training", "def f():\n    from megatron_groupmates.server.watch import serve", "training is below server"),
-        ("model", "class A:\n    def f(self):\n        if x:\n            import megatron_groupmates.checkpoint as c",
-         "model is below checkpoint"),
-        ("utils", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from megatron_groupmates.pool import log",
-         "utils is below pool"),
+        (
+            "model",
+            "class A:\n    def f(self):\n        if x:\n            import megatron_groupmates.checkpoint as c",
+            "model is below checkpoint",
+        ),
+        (
+            "utils",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from megatron_groupmates.pool import log",
+            "utils is below pool",
+        ),
         ("utils", "from ..pool import log", "relative import"),
         ("selection", "from megatron_groupmates.influence.fit import fit", "influence.relation only"),
         ("selection", "from megatron_groupmates.influence.relational import relational_scores", "influence.relation only"),

@@ -73,6 +73,7 @@ class Document:
 
 # ---- From a file to texts: one extractor per way of reading ----
 
+
 def read_text(path: Path) -> str:
     """Text of a plain or gzipped file; empty where it is unreadable, binary or too large."""
     try:
@@ -115,8 +116,22 @@ _BLOCK_STRING = re.compile(r"^[ \t]*[rRuU]?(\"\"\"|''').*?\1[ \t]*\n", re.DOTALL
 _MAN_MACRO = re.compile(r"^[.'](\w*)[ \t]*(.*)$")
 _MAN_HIDDEN = {"TH", "ds", "de", "if", "ie", "el", "nr", "ft", "so", "nh", "ad", "hy", "in", "rm", "tr"}
 _MAN_FONT = re.compile(r"\\f(?:\w|\(..|\[\w*\])|\\[&/,|^%]|\\s[+-]?\d+|\\\*\(..")
-_MAN_SPECIAL = {r"\-": "-", r"\(bu": "*", r"\(aq": "'", r"\(em": "--", r"\(en": "-", r"\(lq": '"', r"\(rq": '"',
-                r"\(co": "(c)", r"\e": "\\", r"\ ": " ", r"\~": " ", r"\(dq": '"', r"\(cq": "'", r"\(oq": "'"}
+_MAN_SPECIAL = {
+    r"\-": "-",
+    r"\(bu": "*",
+    r"\(aq": "'",
+    r"\(em": "--",
+    r"\(en": "-",
+    r"\(lq": '"',
+    r"\(rq": '"',
+    r"\(co": "(c)",
+    r"\e": "\\",
+    r"\ ": " ",
+    r"\~": " ",
+    r"\(dq": '"',
+    r"\(cq": "'",
+    r"\(oq": "'",
+}
 _MAN_CHARACTER = re.compile("|".join(re.escape(name) for name in _MAN_SPECIAL))
 
 
@@ -208,13 +223,16 @@ def kinds_of(path: str) -> tuple[str, ...]:
 
 def package_of(path: str, root: str) -> str:
     """Name of the package or system document folder that holds ``path``: its first component below ``root``."""
-    first = path[len(root):].strip("/").split("/")[0]
+    first = path[len(root) :].strip("/").split("/")[0]
     return re.sub(r"(-[\w.+!]+)?\.(dist-info|libs)$|\.py$", "", first)
 
 
 _EXTRACTORS: dict[str, Callable[[str], str]] = {
-    "docstring": docstring_text, "python_source": source_text, "python_test": source_text,
-    "man_page": man_text, "package_description": description_text,
+    "docstring": docstring_text,
+    "python_source": source_text,
+    "python_test": source_text,
+    "man_page": man_text,
+    "package_description": description_text,
 }
 
 
@@ -263,15 +281,17 @@ def list_files(roots: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
 
 def sampled_documents(files: list[tuple[str, str]], kind: str, seed: int) -> Iterator[Document]:
     """Documents of one kind in an order that depends on the seed and the files' paths below their roots only."""
+
     def rank(file: tuple[str, str]) -> bytes:
         path, root = file
-        return hashlib.blake2b(f"{seed}:{kind}:{path[len(root):]}".encode(), digest_size=16).digest()
+        return hashlib.blake2b(f"{seed}:{kind}:{path[len(root) :]}".encode(), digest_size=16).digest()
 
     for path, root in sorted(files, key=rank):
         yield from documents_of(path, root, kind)
 
 
 # ---- From documents to three disjoint sets ----
+
 
 def normalised(text: str) -> str:
     """Lower case, every run of white space one space: the form in which texts are compared."""
@@ -324,9 +344,7 @@ def take(stream: Iterator[Document], num_bytes: float, separator: Separator) -> 
     return taken
 
 
-def fill_evenly(
-    streams: dict[str, Iterator[Document]], num_bytes: int, separator: Separator
-) -> dict[str, list[Document]]:
+def fill_evenly(streams: dict[str, Iterator[Document]], num_bytes: int, separator: Separator) -> dict[str, list[Document]]:
     """About ``num_bytes`` of documents, equal bytes of each kind; what a small kind lacks is shared by the others."""
     filled: dict[str, list[Document]] = {kind: [] for kind in streams}
     used = dict.fromkeys(streams, 0)
@@ -363,8 +381,10 @@ def gather(arguments: argparse.Namespace) -> dict[str, dict[str, list[Document]]
         separator.hold_out(held_out[name])
         found = sum(document.num_bytes for document in held_out[name])
         if found < num_bytes:
-            raise UserError(f"--{name}-bytes {num_bytes}: only {found} bytes of {target} text are left; lower it, "
-                            "choose another --target-kind or add a folder with --root")
+            raise UserError(
+                f"--{name}-bytes {num_bytes}: only {found} bytes of {target} text are left; lower it, "
+                "choose another --target-kind or add a folder with --root"
+            )
     target_documents = take(streams.pop(target), POOL_TARGET_SHARE * arguments.max_bytes, separator)
     if not target_documents:
         raise UserError(f"no {target} text is left for the pool; lower --reference-bytes and --evaluation-bytes")
@@ -375,6 +395,7 @@ def gather(arguments: argparse.Namespace) -> dict[str, dict[str, list[Document]]
 
 
 # ---- Output ----
+
 
 def write_documents(path: Path, documents: Iterable[Document]) -> None:
     """Write one ``.jsonl.zst`` file."""
@@ -419,11 +440,9 @@ def already_done(output: Path, settings: dict[str, Any]) -> bool:
     if not manifest.is_file():
         raise UserError(f"--output {output} exists and was not written by this tool; choose another folder")
     saved = read_json(manifest)["settings"]
-    different = [f"{key}: {saved.get(key)} there, {value} asked for"
-                 for key, value in settings.items() if saved.get(key) != value]
+    different = [f"{key}: {saved.get(key)} there, {value} asked for" for key, value in settings.items() if saved.get(key) != value]
     if different:
-        raise UserError(f"--output {output} was gathered with other arguments ({'; '.join(different)}); choose another "
-                        "folder or remove it")
+        raise UserError(f"--output {output} was gathered with other arguments ({'; '.join(different)}); choose another folder or remove it")
     return True
 
 
@@ -439,13 +458,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Command line of this tool."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write, must not exist yet")
-    parser.add_argument("--target-kind", default="docstring",
-                        help="kind of the reference and evaluation documents, 8%% of the pool (default: %(default)s)")
+    parser.add_argument(
+        "--target-kind", default="docstring", help="kind of the reference and evaluation documents, 8%% of the pool (default: %(default)s)"
+    )
     parser.add_argument("--max-bytes", type=byte_count, default="24M", help="text in the pool (default: %(default)s)")
-    parser.add_argument("--reference-bytes", type=byte_count, default="500K",
-                        help="text in the reference set (default: %(default)s)")
-    parser.add_argument("--evaluation-bytes", type=byte_count, default="500K",
-                        help="text in the evaluation set (default: %(default)s)")
+    parser.add_argument("--reference-bytes", type=byte_count, default="500K", help="text in the reference set (default: %(default)s)")
+    parser.add_argument("--evaluation-bytes", type=byte_count, default="500K", help="text in the evaluation set (default: %(default)s)")
     parser.add_argument("--root", type=Path, action="append", default=[], help="another folder to search; repeatable")
     parser.add_argument("--seed", type=int, default=1234, help="which files are sampled (default: %(default)s)")
     return parser.parse_args(argv)

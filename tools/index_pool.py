@@ -28,22 +28,33 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", required=True, metavar="DIRECTORY", help="directory of the shards")
     parser.add_argument("--output", metavar="POOL", help="where the index goes (default: beside the shards)")
-    parser.add_argument("--tokenizer", required=True, metavar="T",
-                        help="that made the ids: a tokenizer.json, a directory with one, or a Hugging Face name")
-    parser.add_argument("--eot", metavar="TOKEN",
-                        help="token after each document (default: the tokenizer's end-of-sequence token, "
-                             "else <|endoftext|>)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-                        help="processes that read shards, 0 for none beside this one (default: the cores, %(default)s)")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="T", help="that made the ids: a tokenizer.json, a directory with one, or a Hugging Face name"
+    )
+    parser.add_argument(
+        "--eot", metavar="TOKEN", help="token after each document (default: the tokenizer's end-of-sequence token, else <|endoftext|>)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes that read shards, 0 for none beside this one (default: the cores, %(default)s)",
+    )
     return parser.parse_args(arguments)
 
 
 def describe(report: IndexReport, output: str) -> str:
     """The report in words."""
-    lines = [f"indexed {output}" if report.built else f"{output} is a pool already: nothing to do",
-             f"  {report.num_shards:,} shards, {report.num_samples:,} samples, {report.num_tokens:,} tokens"]
-    for names, what in ((report.extra, "not in the manifest, left out"), (report.repeated, "listed twice, used once"),
-                        (report.empty, "without a sample, left out")):
+    lines = [
+        f"indexed {output}" if report.built else f"{output} is a pool already: nothing to do",
+        f"  {report.num_shards:,} shards, {report.num_samples:,} samples, {report.num_tokens:,} tokens",
+    ]
+    for names, what in (
+        (report.extra, "not in the manifest, left out"),
+        (report.repeated, "listed twice, used once"),
+        (report.empty, "without a sample, left out"),
+    ):
         if names:
             lines.append(f"  {len(names)} shards {what}: {', '.join(names)}")
     return "\n".join(lines)

@@ -47,8 +47,13 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), min_frequency=2)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        min_frequency=2,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -65,11 +70,19 @@ def save(tokenizer: Tokenizer, output: Path) -> None:
     end, padding = SPECIAL_TOKENS
     with atomic_directory(output) as directory:
         tokenizer.save(str(directory / "tokenizer.json"))
-        write_json(directory / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "unk_token": end,
-            "pad_token": padding, "add_prefix_space": False, "clean_up_tokenization_spaces": False,
-            "model_max_length": 1_000_000_000,
-        })
+        write_json(
+            directory / "tokenizer_config.json",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": end,
+                "eos_token": end,
+                "unk_token": end,
+                "pad_token": padding,
+                "add_prefix_space": False,
+                "clean_up_tokenization_spaces": False,
+                "model_max_length": 1_000_000_000,
+            },
+        )
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -78,8 +91,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="raw files, or folders of them")
     parser.add_argument("--output", type=Path, required=True, help="folder to write, must not exist yet")
     parser.add_argument("--vocab-size", type=int, default=4096, help="tokens, special ones included (default: 4096)")
-    parser.add_argument("--max-bytes", type=int, default=20_000_000,
-                        help="text to train on, shared equally by the files (default: %(default)s)")
+    parser.add_argument(
+        "--max-bytes", type=int, default=20_000_000, help="text to train on, shared equally by the files (default: %(default)s)"
+    )
     return parser.parse_args(argv)
 
 
@@ -87,8 +101,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """UserError for values that cannot work."""
     smallest = NUM_BYTES + len(SPECIAL_TOKENS)
     if arguments.vocab_size < smallest:
-        raise UserError(f"--vocab-size {arguments.vocab_size}: at least {smallest} are needed (all bytes and "
-                        f"{len(SPECIAL_TOKENS)} special tokens)")
+        raise UserError(
+            f"--vocab-size {arguments.vocab_size}: at least {smallest} are needed (all bytes and {len(SPECIAL_TOKENS)} special tokens)"
+        )
     if arguments.max_bytes < 1:
         raise UserError(f"--max-bytes {arguments.max_bytes}: must be positive")
     if arguments.output.exists():
@@ -105,8 +120,10 @@ def main(argv: list[str] | None = None) -> int:
             tokenizer = train(counted(shared_texts(files, arguments.max_bytes), bar), arguments.vocab_size)
         found = tokenizer.get_vocab_size()
         if found < arguments.vocab_size:
-            raise UserError(f"--vocab-size {arguments.vocab_size}: the documents have repeated text for only {found} "
-                            "tokens; lower it or give more documents")
+            raise UserError(
+                f"--vocab-size {arguments.vocab_size}: the documents have repeated text for only {found} "
+                "tokens; lower it or give more documents"
+            )
         save(tokenizer, arguments.output)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -48,24 +48,25 @@ class TorchArchive:
         if entry is None:
             raise UserError(f"{self.path} is damaged: it has no record '{name}'")
         if entry.compress_type != zipfile.ZIP_STORED:
-            raise UserError(f"{self.path} was compressed after it was saved (record '{name}'); "
-                            "restore the original file")
-        header = bytes(self._bytes[entry.header_offset:entry.header_offset + _LOCAL_HEADER.size].numpy())
+            raise UserError(f"{self.path} was compressed after it was saved (record '{name}'); restore the original file")
+        header = bytes(self._bytes[entry.header_offset : entry.header_offset + _LOCAL_HEADER.size].numpy())
         if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
             raise UserError(f"{self.path} is damaged: record '{name}' is not where the file's directory says")
         _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         start = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if start + entry.file_size > self._bytes.numel():
-            raise UserError(f"{self.path} is damaged: record '{name}' ends at byte {start + entry.file_size}, "
-                            f"the file at {self._bytes.numel()}")
-        return self._bytes[start:start + entry.file_size]
+            raise UserError(
+                f"{self.path} is damaged: record '{name}' ends at byte {start + entry.file_size}, the file at {self._bytes.numel()}"
+            )
+        return self._bytes[start : start + entry.file_size]
 
     def _not_a_zip(self) -> str:
         with open(self.path, "rb") as file:
             first = file.read(4)
         size = self.path.stat().st_size
         if size == 0 or first == b"PK\x03\x04":
-            return (f"{self.path} is cut short ({size} bytes): its writer was stopped or is not done; "
-                    "wait, or use an earlier checkpoint")
-        return (f"{self.path} is not a zip file of torch.save; DeepSpeed writes one unless 'checkpoint_serialization' "
-                "is switched off in its configuration")
+            return f"{self.path} is cut short ({size} bytes): its writer was stopped or is not done; wait, or use an earlier checkpoint"
+        return (
+            f"{self.path} is not a zip file of torch.save; DeepSpeed writes one unless 'checkpoint_serialization' "
+            "is switched off in its configuration"
+        )

@@ -54,11 +54,18 @@ class Storage:
 
 
 _STORAGES = {
-    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
-    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
-    "Bool": torch.bool}
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
-           "int64", "int32", "int16", "int8", "uint8", "bool")
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+}
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16", "int8", "uint8", "bool")
 VALUES: dict[str, Any] = {
     **{f"torch.{name}Storage": StorageType(dtype) for name, dtype in _STORAGES.items()},
     "torch.storage.UntypedStorage": StorageType(torch.uint8),
@@ -67,17 +74,28 @@ VALUES: dict[str, Any] = {
 
 # Classes that DeepSpeed, Megatron and argparse users store whole; instances become records.
 _RECORDS = (
-    "argparse.Namespace", "types.SimpleNamespace", "builtins.object", "_io.BytesIO", "numpy.ndarray",
-    "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter",
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "builtins.object",
+    "_io.BytesIO",
+    "numpy.ndarray",
+    "torch.device",
+    "torch.Tensor",
+    "torch.nn.parameter.Parameter",
     "deepspeed.utils.tensor_fragment.fragment_address",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.checkpoint.universal_checkpoint.SubparamShape",
-    "megatron.model.enums.AttnMaskType", "megatron.model.enums.AttnType", "megatron.model.enums.LayerType",
-    "megatron.model.enums.PositionEmbeddingType", "megatron.core.enums.ModelType",
-    "megatron.core.transformer.enums.AttnBackend", "megatron.core.transformer.enums.AttnMaskType",
-    "megatron.core.transformer.enums.AttnType", "megatron.core.transformer.enums.LayerType",
+    "megatron.model.enums.AttnMaskType",
+    "megatron.model.enums.AttnType",
+    "megatron.model.enums.LayerType",
+    "megatron.model.enums.PositionEmbeddingType",
+    "megatron.core.enums.ModelType",
+    "megatron.core.transformer.enums.AttnBackend",
+    "megatron.core.transformer.enums.AttnMaskType",
+    "megatron.core.transformer.enums.AttnType",
+    "megatron.core.transformer.enums.LayerType",
     "megatron.core.transformer.enums.ModelType",
 )
 
@@ -106,8 +124,7 @@ def _parameter(_: Name, data: torch.Tensor, *rest: Any) -> torch.Tensor:
     return data
 
 
-def _tensor_with_attributes(_: Name, rebuild: Name, __: Name, arguments: tuple[Any, ...],
-                            *state: Any) -> torch.Tensor:
+def _tensor_with_attributes(_: Name, rebuild: Name, __: Name, arguments: tuple[Any, ...], *state: Any) -> torch.Tensor:
     """A tensor that had attributes, such as megatron-core's ``tensor_model_parallel``; they are dropped."""
     if type(rebuild) is not Name or rebuild.full not in _TENSORS:
         raise Refused(getattr(rebuild, "full", type(rebuild).__name__))
@@ -147,6 +164,7 @@ def _container(kind: Callable[..., Any]) -> Callable[..., Any]:
         if any(type(argument) not in plain for argument in args):
             raise ValueError(f"{kind.__name__} of {[type(argument).__name__ for argument in args]}")
         return kind(*args)
+
     return build
 
 
@@ -183,6 +201,9 @@ CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _encode,
     "pathlib.PosixPath": _container(pathlib.PurePosixPath),
     "numpy.dtype": _numpy_dtype,
-    **{f"numpy.{core}.multiarray.{name}": function for core in ("core", "_core")
-       for name, function in (("_reconstruct", _numpy_array), ("scalar", _numpy_scalar))},
+    **{
+        f"numpy.{core}.multiarray.{name}": function
+        for core in ("core", "_core")
+        for name, function in (("_reconstruct", _numpy_array), ("scalar", _numpy_scalar))
+    },
 }

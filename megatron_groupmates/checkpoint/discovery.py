@@ -13,8 +13,7 @@ from megatron_groupmates.config.errors import UserError
 
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(?P<data>\d+)_)?mp_rank_(?P<tensor>\d+)_model_states\.pt")
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<data>\d+)_mp_rank_(?P<tensor>\d+)_optim_states\.pt")
-_UNSUPPORTED = {"*expert_*": "mixture of experts", "expp_rank_*": "mixture of experts",
-                "layer_*": "pipeline parallelism"}
+_UNSUPPORTED = {"*expert_*": "mixture of experts", "expp_rank_*": "mixture of experts", "layer_*": "pipeline parallelism"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +62,10 @@ def find_files(tag_dir: Path | str) -> CheckpointFiles:
             raise UserError(f"checkpoint {tag_dir} was saved with {what}, which is not supported")
     model, optimizer = _matching(tag_dir, _MODEL_FILE), _matching(tag_dir, _OPTIMIZER_FILE)
     if (0, 0) not in model:
-        raise UserError(f"checkpoint {tag_dir} has no model states of rank 0 (mp_rank_00_model_states.pt): "
-                        "it is not a DeepSpeed checkpoint, or its writer was stopped")
+        raise UserError(
+            f"checkpoint {tag_dir} has no model states of rank 0 (mp_rank_00_model_states.pt): "
+            "it is not a DeepSpeed checkpoint, or its writer was stopped"
+        )
     state = load_model_state(model[0, 0])
     tensor_size, data_size = state["mp_world_size"], state["dp_world_size"]
     everybody = {(t, d) for t in range(tensor_size) for d in range(data_size)}
@@ -114,8 +115,9 @@ def check_complete(tag_dir: Path | str) -> None:
     latest = latest_tag(tag_dir.parent)
     if not _announced(tag_dir.name, latest):
         names = f"names {latest}" if latest else "does not exist yet"
-        raise UserError(f"checkpoint {tag_dir} is still being written: {tag_dir.parent / 'latest'} {names}; "
-                        "wait for its writer, or use an earlier tag")
+        raise UserError(
+            f"checkpoint {tag_dir} is still being written: {tag_dir.parent / 'latest'} {names}; wait for its writer, or use an earlier tag"
+        )
     first = load_model_state(files.model[0, 0])
     for path in files.model.values():
         state = load_model_state(path)
@@ -139,19 +141,23 @@ def _matching(tag_dir: Path, pattern: re.Pattern[str]) -> dict[tuple[int, int], 
             continue
         key = int(match["tensor"]), int(match["data"] or 0)
         if key in found:
-            raise UserError(f"checkpoint {tag_dir} mixes two saves: {found[key].name} and {path.name} are of the "
-                            "same rank; remove the older files")
+            raise UserError(
+                f"checkpoint {tag_dir} mixes two saves: {found[key].name} and {path.name} are of the same rank; remove the older files"
+            )
         found[key] = path
     return found
 
 
 def _compare(tag_dir: Path, kind: str, found: set[tuple[int, int]], expected: set[tuple[int, int]], sizes: str) -> None:
     if missing := sorted(expected - found):
-        raise UserError(f"checkpoint {tag_dir} is not complete: it was saved at {sizes}, but the {kind} files of "
-                        f"{_ranks(missing)} are missing")
+        raise UserError(
+            f"checkpoint {tag_dir} is not complete: it was saved at {sizes}, but the {kind} files of {_ranks(missing)} are missing"
+        )
     if surplus := sorted(found - expected):
-        raise UserError(f"checkpoint {tag_dir} mixes world sizes: it was saved at {sizes}, but also holds {kind} "
-                        f"files of {_ranks(surplus)}; remove the files of the other save")
+        raise UserError(
+            f"checkpoint {tag_dir} mixes world sizes: it was saved at {sizes}, but also holds {kind} "
+            f"files of {_ranks(surplus)}; remove the files of the other save"
+        )
 
 
 def _ranks(keys: list[tuple[int, int]]) -> str:
@@ -160,8 +166,7 @@ def _ranks(keys: list[tuple[int, int]]) -> str:
 
 def _same(path: Path, what: str, value: Any, expected: Any) -> None:
     if value != expected:
-        raise UserError(f"checkpoint {path.parent} mixes two saves: {path.name} has {what} {value}, "
-                        f"the other files {expected}")
+        raise UserError(f"checkpoint {path.parent} mixes two saves: {path.name} has {what} {value}, the other files {expected}")
 
 
 def _announced(tag: str, latest: str | None) -> bool:

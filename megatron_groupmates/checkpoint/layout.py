@@ -44,8 +44,10 @@ _ROW_OF_COLUMNS = re.compile(r"(^|\.)(linear_proj|linear_fc2)\.weight$")
 _FIRST_MLP = re.compile(r"(^|\.)linear_fc1\.(weight|bias)$")
 _FIRST_DIMENSION = re.compile(r"(^|\.)linear_qkv\.(weight|bias)$")
 # 'layer_norm_weight' is a norm that Transformer Engine fuses into the linear layer after it.
-_REPLICATED = re.compile(r"(^|\.)((\w*layernorm|position_embeddings)\.(weight|bias)"
-                         r"|(linear_qkv|linear_fc1)\.layer_norm_(weight|bias)|(linear_proj|linear_fc2)\.bias)$")
+_REPLICATED = re.compile(
+    r"(^|\.)((\w*layernorm|position_embeddings)\.(weight|bias)"
+    r"|(linear_qkv|linear_fc1)\.layer_norm_(weight|bias)|(linear_proj|linear_fc2)\.bias)$"
+)
 
 
 def is_vocabulary(name: str) -> bool:
@@ -65,8 +67,10 @@ def split_dimension(name: str) -> int | None:
         return 1
     if _REPLICATED.search(name):
         return None
-    raise UserError(f"parameter '{name}' is not one of megatron-core's GPT: how tensor parallelism splits it is "
-                    "unknown; read the checkpoint at the tensor-parallel size it was saved with")
+    raise UserError(
+        f"parameter '{name}' is not one of megatron-core's GPT: how tensor parallelism splits it is "
+        "unknown; read the checkpoint at the tensor-parallel size it was saved with"
+    )
 
 
 def layout_of(name: str, gated: bool | None) -> Layout:
@@ -83,8 +87,10 @@ def layout_of(name: str, gated: bool | None) -> Layout:
     if not _FIRST_MLP.search(name):
         return Layout(dim)
     if gated is None:
-        raise UserError(f"'{name}' is split differently in a gated MLP (SwiGLU) and a plain one, and the checkpoint does "
-                        "not say which it is; save it with client_state['gated_linear_unit'] set to True or False")
+        raise UserError(
+            f"'{name}' is split differently in a gated MLP (SwiGLU) and a plain one, and the checkpoint does "
+            "not say which it is; save it with client_state['gated_linear_unit'] set to True or False"
+        )
     return Layout(dim, parts=2 if gated else 1)
 
 
@@ -104,12 +110,17 @@ def pieces(layout: Layout, full_length: int, saved_size: int, rank: int, size: i
     for ranks in (saved_size, size):
         if full_length % (layout.parts * ranks):
             stacked = f" in each of {layout.parts} stacked matrices" if layout.parts > 1 else ""
-            raise UserError(f"{full_length} rows cannot be divided over {ranks} tensor-parallel ranks{stacked}; "
-                            "choose a tensor_model_parallel_size that divides them")
+            raise UserError(
+                f"{full_length} rows cannot be divided over {ranks} tensor-parallel ranks{stacked}; "
+                "choose a tensor_model_parallel_size that divides them"
+            )
     part = full_length // layout.parts
     held, wanted = part // saved_size, part // size
-    return [Piece(piece.rank, index * held + piece.start, piece.length) for index in range(layout.parts)
-            for piece in _cut(rank * wanted, (rank + 1) * wanted, held)]
+    return [
+        Piece(piece.rank, index * held + piece.start, piece.length)
+        for index in range(layout.parts)
+        for piece in _cut(rank * wanted, (rank + 1) * wanted, held)
+    ]
 
 
 def vocabulary_pieces(saved_rows: int, rows: int, saved_size: int, rank: int, size: int) -> tuple[list[Piece], int]:
@@ -125,8 +136,7 @@ def vocabulary_pieces(saved_rows: int, rows: int, saved_size: int, rank: int, si
         UserError: when ``size`` does not divide ``rows``.
     """
     if rows % size:
-        raise UserError(f"a vocabulary of {rows} rows cannot be divided over {size} tensor-parallel ranks; "
-                        f"pad it to a multiple of {size}")
+        raise UserError(f"a vocabulary of {rows} rows cannot be divided over {size} tensor-parallel ranks; pad it to a multiple of {size}")
     wanted = rows // size
     start, stop = (min(index * wanted, saved_rows) for index in (rank, rank + 1))
     return list(_cut(start, stop, saved_rows // saved_size)), wanted - (stop - start)

@@ -60,7 +60,7 @@ class LocalParameter:
         for fragment in fragments:
             first, last = max(start, offset), min(stop, offset + fragment.numel())
             if first < last:
-                found[first - start:last - start] = fragment[first - offset:last - offset]
+                found[first - start : last - start] = fragment[first - offset : last - offset]
             offset += fragment.numel()
         return found
 
@@ -74,8 +74,10 @@ def base_optimizer(optimizer_state: dict[str, Any]) -> dict[str, Any]:
     for key in ("base_optimizer_state", "optimizer_state_dict"):
         optimizer_state = optimizer_state.get(key, optimizer_state)
         if not isinstance(optimizer_state, dict):
-            raise UserError("the checkpoint was saved with 'elastic_checkpoint', which leaves out the optimizer's "
-                            "settings; save it with zero_optimization.elastic_checkpoint set to false")
+            raise UserError(
+                "the checkpoint was saved with 'elastic_checkpoint', which leaves out the optimizer's "
+                "settings; save it with zero_optimization.elastic_checkpoint set to false"
+            )
     return optimizer_state
 
 
@@ -111,7 +113,7 @@ def zero_1_2(model_state: dict[str, Any], optimizer_states: Sequence[dict[str, A
                 for kind in KINDS if address is not None else ():
                     if kind in flat:
                         start, numel = _address(address)
-                        fragments[kind].append(flat[kind][start:start + numel])
+                        fragments[kind].append(flat[kind][start : start + numel])
             found[name] = _checked(name, shape, group, fragments)
     return found
 
@@ -119,8 +121,9 @@ def zero_1_2(model_state: dict[str, Any], optimizer_states: Sequence[dict[str, A
 def zero_3(model_state: dict[str, Any], optimizer_states: Sequence[dict[str, Any]]) -> dict[str, LocalParameter]:
     """Parameters of one tensor-parallel rank by name, ZeRO-3. Arguments and errors as for :func:`zero_1_2`."""
     found: dict[str, LocalParameter] = {}
-    group_of = {number: index for index, group in enumerate(base_optimizer(optimizer_states[0])["param_groups"])
-                for number in group["params"]}
+    group_of = {
+        number: index for index, group in enumerate(base_optimizer(optimizer_states[0])["param_groups"]) for number in group["params"]
+    }
     for sub_group, shapes in enumerate(model_state["param_shapes"]):
         flats = [_flat_group(state, state["fp32_flat_groups"][sub_group], sub_group) for state in optimizer_states]
         start = 0
@@ -128,8 +131,9 @@ def zero_3(model_state: dict[str, Any], optimizer_states: Sequence[dict[str, Any
             numel = math.prod(shape)
             length = math.ceil(numel / len(flats))
             lengths = [max(0, min(length, numel - rank * length)) for rank in range(len(flats))]
-            fragments = {kind: [flat[kind][start:start + own] for flat, own in zip(flats, lengths, strict=True)
-                                if kind in flat] for kind in KINDS}
+            fragments = {
+                kind: [flat[kind][start : start + own] for flat, own in zip(flats, lengths, strict=True) if kind in flat] for kind in KINDS
+            }
             found[name] = _checked(name, shape, group_of.get(sub_group, 0), fragments)
             start += length
     return found
@@ -142,19 +146,23 @@ def without_zero(model_state: dict[str, Any]) -> dict[str, LocalParameter]:
         UserError: when the optimizer's parameters cannot be told apart by their shapes.
     """
     if "fp32_groups_flat" in model_state["optimizer"]:
-        raise UserError("it was saved by DeepSpeed's fused 16-bit optimizer without ZeRO, which does not record where a "
-                        "parameter lies; train with ZeRO stage 1, or with torch.optim.AdamW")
+        raise UserError(
+            "it was saved by DeepSpeed's fused 16-bit optimizer without ZeRO, which does not record where a "
+            "parameter lies; train with ZeRO stage 1, or with torch.optim.AdamW"
+        )
     base = base_optimizer(model_state["optimizer"])
     shared = shared_names(model_state)
     parameters = {name: value for name, value in model_parameters(model_state).items() if name not in shared}
     groups = [group["params"] for group in base["param_groups"]]
     masters = _master_copies(model_state["optimizer"], groups)
     if any("param_names" in group for group in base["param_groups"]):
-        named = {name: number for group in base["param_groups"]
-                 for name, number in zip(group["param_names"], group["params"], strict=True)}
+        named = {name: number for group in base["param_groups"] for name, number in zip(group["param_names"], group["params"], strict=True)}
     else:
-        shapes = {number: tuple(masters[number].shape) if number in masters else _moment_shape(base, number)
-                  for numbers in groups for number in numbers}
+        shapes = {
+            number: tuple(masters[number].shape) if number in masters else _moment_shape(base, number)
+            for numbers in groups
+            for number in numbers
+        }
         named = match_by_shape({name: tuple(value.shape) for name, value in parameters.items()}, groups, shapes)
     group_of = {number: index for index, numbers in enumerate(groups) for number in numbers}
     found = {}
@@ -166,8 +174,9 @@ def without_zero(model_state: dict[str, Any]) -> dict[str, LocalParameter]:
     return found
 
 
-def match_by_shape(model: dict[str, tuple[int, ...]], groups: Sequence[Sequence[int]],
-                   shapes: dict[int, tuple[int, ...] | None]) -> dict[str, int]:
+def match_by_shape(
+    model: dict[str, tuple[int, ...]], groups: Sequence[Sequence[int]], shapes: dict[int, tuple[int, ...] | None]
+) -> dict[str, int]:
     """Find which numbered optimizer parameter each named one is, groups holding their parameters in the model's order.
 
     Args:
@@ -186,22 +195,27 @@ def match_by_shape(model: dict[str, tuple[int, ...]], groups: Sequence[Sequence[
             for index, group in enumerate(groups):
                 if used[index] == len(group) or shapes[group[used[index]]] not in (None, shape):
                     continue
-                state = (*used[:index], used[index] + 1, *used[index + 1:])
+                state = (*used[:index], used[index] + 1, *used[index + 1 :])
                 reached[state] = ((*path, group[used[index]]), unique and state not in reached)
         ways = reached
     path, unique = ways.get(tuple(len(group) for group in groups), ((), False))
     if not unique or len(path) != len(model):
-        raise UserError("the optimizer's parameters cannot be matched to the model's names by shape; give the "
-                        "optimizer named parameters (torch.optim takes model.named_parameters()), or train with ZeRO "
-                        "stage 1")
+        raise UserError(
+            "the optimizer's parameters cannot be matched to the model's names by shape; give the "
+            "optimizer named parameters (torch.optim takes model.named_parameters()), or train with ZeRO "
+            "stage 1"
+        )
     return dict(zip(model, path, strict=True))
 
 
 def model_parameters(model_state: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Tensors of the saved module that are not buffers, by name, in the model's order."""
     buffers = set(model_state.get("buffer_names") or ())
-    return {name: value for name, value in model_state["module"].items()
-            if isinstance(value, torch.Tensor) and name not in buffers and not name.endswith("_extra_state")}
+    return {
+        name: value
+        for name, value in model_state["module"].items()
+        if isinstance(value, torch.Tensor) and name not in buffers and not name.endswith("_extra_state")
+    }
 
 
 def shared_names(model_state: dict[str, Any]) -> dict[str, str]:
@@ -209,8 +223,11 @@ def shared_names(model_state: dict[str, Any]) -> dict[str, str]:
     if model_state.get("shared_params") is not None:
         return dict(model_state["shared_params"])
     first: dict[tuple[int, tuple[int, ...]], str] = {}
-    return {name: owner for name, value in model_parameters(model_state).items()
-            if (owner := first.setdefault((value.data_ptr(), tuple(value.shape)), name)) != name}
+    return {
+        name: owner
+        for name, value in model_parameters(model_state).items()
+        if (owner := first.setdefault((value.data_ptr(), tuple(value.shape)), name)) != name
+    }
 
 
 def _flat_group(state: dict[str, Any], master: torch.Tensor, number: int) -> dict[str, torch.Tensor]:
@@ -242,7 +259,9 @@ def _checked(name: str, shape: Any, group: int, fragments: dict[str, list[torch.
     for kind, parts in fragments.items():
         numel = sum(part.numel() for part in parts)
         if numel != math.prod(shape) and (parts or kind == "param"):
-            raise UserError(f"the optimizer states hold {numel} elements of '{name}' ({kind}), its shape "
-                            f"{tuple(shape)} has {math.prod(shape)}: files of different saves lie together, or one is "
-                            "damaged")
+            raise UserError(
+                f"the optimizer states hold {numel} elements of '{name}' ({kind}), its shape "
+                f"{tuple(shape)} has {math.prod(shape)}: files of different saves lie together, or one is "
+                "damaged"
+            )
     return LocalParameter(tuple(shape), group, fragments)

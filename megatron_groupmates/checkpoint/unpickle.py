@@ -29,16 +29,45 @@ from megatron_groupmates.config.errors import UserError
 
 # Protocol 2, which torch.save uses, writes some modules under their names in Python 2.
 _PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-_PUSH_ARGUMENT = frozenset({
-    "BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
-    "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"})
+_PUSH_ARGUMENT = frozenset(
+    {
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "INT",
+        "LONG",
+        "LONG1",
+        "LONG4",
+        "FLOAT",
+        "BINFLOAT",
+        "STRING",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+        "UNICODE",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE8",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
+    }
+)
 _PUSH_NEW: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
-    "EMPTY_DICT": dict, "EMPTY_SET": set}
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": set,
+}
 _FROM_MARK: dict[str, Callable[[list[Any]], Any]] = {
-    "TUPLE": tuple, "LIST": list, "FROZENSET": frozenset,
-    "DICT": lambda items: dict(zip(items[::2], items[1::2], strict=True))}
+    "TUPLE": tuple,
+    "LIST": list,
+    "FROZENSET": frozenset,
+    "DICT": lambda items: dict(zip(items[::2], items[1::2], strict=True)),
+}
 _TUPLE_SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -55,9 +84,11 @@ def load(path: Path | str) -> Any:
     try:
         return _Interpreter(archive).run()
     except Refused as refusal:
-        raise UserError(f"{path}: refused: the file wants to create or call '{refusal}', which no DeepSpeed checkpoint "
-                        "needs. Nothing of it was run. If it is part of your own client_state, save it as numbers, "
-                        "strings, lists, dictionaries or tensors instead") from None
+        raise UserError(
+            f"{path}: refused: the file wants to create or call '{refusal}', which no DeepSpeed checkpoint "
+            "needs. Nothing of it was run. If it is part of your own client_state, save it as numbers, "
+            "strings, lists, dictionaries or tensors instead"
+        ) from None
     except UserError:
         raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
@@ -198,4 +229,3 @@ def _build(target: Any, state: Any) -> None:
     elif type(target) is not OrderedDict:
         # A state on an OrderedDict is torch's '_metadata' of module versions, which nothing here needs.
         raise ValueError(f"state for {type(target).__name__}")
-

@@ -12,11 +12,30 @@ from megatron_groupmates.checkpoint.discovery import find_files, load_model_stat
 from megatron_groupmates.config.errors import UserError
 
 # What DeepSpeed itself puts beside the caller's client state.
-_DEEPSPEED_KEYS = frozenset({
-    "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
-    "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names", "skipped_steps",
-    "global_steps", "global_samples", "dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions",
-    "universal_checkpoint_info", "ds_config", "ds_version"})
+_DEEPSPEED_KEYS = frozenset(
+    {
+        "module",
+        "buffer_names",
+        "optimizer",
+        "param_shapes",
+        "frozen_param_shapes",
+        "shared_params",
+        "frozen_param_fragments",
+        "lr_scheduler",
+        "data_sampler",
+        "random_ltd",
+        "sparse_tensor_module_names",
+        "skipped_steps",
+        "global_steps",
+        "global_samples",
+        "dp_world_size",
+        "mp_world_size",
+        "checkpoint_parallel_dimensions",
+        "universal_checkpoint_info",
+        "ds_config",
+        "ds_version",
+    }
+)
 
 
 class ZeroCheckpoint:
@@ -58,8 +77,10 @@ class ZeroCheckpoint:
         self.adam_step = partitions.adam_step(optimizer)
         self._shared = partitions.shared_names(state)
         self.names: list[str] = list(partitions.model_parameters(state))
-        self.param_groups = [{key: value for key, value in group.items() if key != "params"}
-                             for group in partitions.base_optimizer(optimizer)["param_groups"]]
+        self.param_groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in partitions.base_optimizer(optimizer)["param_groups"]
+        ]
         self._check_frozen()
         for index, group in enumerate(self.param_groups):
             group["param_names"] = [name for name, parameter in self._local(0).items() if parameter.group == index]
@@ -87,8 +108,9 @@ class ZeroCheckpoint:
         """
         return self.read_slice(name, kind, 0, 1)
 
-    def read_slice(self, name: str, kind: str, tensor_parallel_rank: int, tensor_parallel_size: int,
-                   vocabulary_rows: int | None = None) -> torch.Tensor:
+    def read_slice(
+        self, name: str, kind: str, tensor_parallel_rank: int, tensor_parallel_size: int, vocabulary_rows: int | None = None
+    ) -> torch.Tensor:
         """What rank ``tensor_parallel_rank`` of ``tensor_parallel_size`` holds in megatron-core's layout, float32.
 
         The size need not be the one the checkpoint was saved with.
@@ -116,12 +138,10 @@ class ZeroCheckpoint:
             return self._parameter(name, 0).whole(kind)
         zeros = 0
         if repadded:
-            found, zeros = layout.vocabulary_pieces(full[0], vocabulary_rows, saved_size, tensor_parallel_rank,
-                                                    tensor_parallel_size)
+            found, zeros = layout.vocabulary_pieces(full[0], vocabulary_rows, saved_size, tensor_parallel_rank, tensor_parallel_size)
         else:
             found = layout.pieces(rule, full[rule.dim], saved_size, tensor_parallel_rank, tensor_parallel_size)
-        parts = [self._parameter(name, piece.rank).narrow(kind, rule.dim, piece.start, piece.length)
-                 for piece in found]
+        parts = [self._parameter(name, piece.rank).narrow(kind, rule.dim, piece.start, piece.length) for piece in found]
         if zeros:
             parts.append(torch.zeros(zeros, *full[1:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, rule.dim)
@@ -129,20 +149,22 @@ class ZeroCheckpoint:
     def _parameter(self, name: str, rank: int) -> partitions.LocalParameter:
         parameter = self._local(rank).get(self._shared.get(name, name))
         if parameter is None:
-            raise UserError(f"checkpoint {self.path} has no parameter '{name}'; "
-                            f"its first is '{next(iter(self.names), 'none')}'")
+            raise UserError(f"checkpoint {self.path} has no parameter '{name}'; its first is '{next(iter(self.names), 'none')}'")
         return parameter
 
     def _local(self, rank: int) -> dict[str, partitions.LocalParameter]:
         """Parameters of a tensor-parallel rank of the checkpoint."""
         if rank not in self._slices:
             model = load_model_state(self._files.model[rank, 0])
-            states = [load_optimizer_state(path) for (tensor, _), path in sorted(self._files.optimizer.items())
-                      if tensor == rank]
+            states = [load_optimizer_state(path) for (tensor, _), path in sorted(self._files.optimizer.items()) if tensor == rank]
             try:
-                self._slices[rank] = (partitions.without_zero(model) if self.zero_stage == 0 else
-                                      partitions.zero_3(model, states) if self.zero_stage == 3 else
-                                      partitions.zero_1_2(model, states))
+                self._slices[rank] = (
+                    partitions.without_zero(model)
+                    if self.zero_stage == 0
+                    else partitions.zero_3(model, states)
+                    if self.zero_stage == 3
+                    else partitions.zero_1_2(model, states)
+                )
             except UserError as error:
                 raise UserError(f"checkpoint {self.path}: {error}") from None
         return self._slices[rank]
@@ -151,8 +173,10 @@ class ZeroCheckpoint:
         frozen = [name for name in self.names if self._shared.get(name, name) not in self._local(0)]
         if frozen:
             more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
-            raise UserError(f"checkpoint {self.path} has parameters that its optimizer does not train, which is not "
-                            f"supported: {', '.join(frozen[:3])}{more}")
+            raise UserError(
+                f"checkpoint {self.path} has parameters that its optimizer does not train, which is not "
+                f"supported: {', '.join(frozen[:3])}{more}"
+            )
 
 
 def _stage(optimizer_state: dict[str, Any]) -> int:

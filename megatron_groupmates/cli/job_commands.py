@@ -10,6 +10,10 @@ from typing import Any
 from megatron_groupmates.config import Config, UserError, parse_config, server_tensor_parallel_size
 from megatron_groupmates.parallel.launch import read_launch_environment
 
+# Clustering and greedy selection of a large pool keep one rank busy while the others wait in a collective. A rank that
+# dies is noticed by the launcher, not by this timeout.
+_SERVER_TIMEOUT_SECONDS = 12 * 3600.0
+
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """``--config`` and ``--set``, the same for every command that reads a config."""
@@ -85,7 +89,7 @@ def _serve(options: argparse.Namespace) -> int:
     environment, _ = _prepare(options, config, "serve")
     from megatron_groupmates.parallel.groups import initialize_parallel, shut_down
 
-    groups = initialize_parallel(environment, server_tensor_parallel_size(config), config.run.seed)
+    groups = initialize_parallel(environment, server_tensor_parallel_size(config), config.run.seed, _SERVER_TIMEOUT_SECONDS)
     from megatron_groupmates.server.watch import serve
 
     completed = serve(config, groups, once=options.once)

@@ -93,8 +93,7 @@ def _check_batches(config: Config) -> None:
 
 
 def _check_schedule(config: Config) -> None:
-    optimizer, iters = config.optimizer, config.training.train_iters
-    decay = decay_end(config)
+    optimizer, decay = config.optimizer, decay_end(config)
     if optimizer.warmup_iters > decay:
         raise UserError(f"optimizer.warmup_iters: {optimizer.warmup_iters} is longer than the schedule ({decay} steps)")
     falling = wsd_decay_steps(optimizer.decay_fraction, decay)

@@ -177,7 +177,9 @@ class RelationalConfig:
 
     encoder: str = setting("probe", "'probe' (hidden states of the checkpoint) or a Hugging Face encoder by name or path")
     encoder_max_tokens: int = setting(2048, "Hugging Face encoder: tokens of a sample that are encoded, in windows of 512", minimum=8)
-    embedding_dim: int = setting(64, "probe: size of the learned projection", minimum=2)
+    embedding_dim: int = setting(
+        64, "size of the learned projection of the encoder's features (the paper recipe has none for a Hugging Face encoder)", minimum=2
+    )
     labels: Literal["auto", "increments", "momentum_corrected"] = setting("auto", "target of the fit; auto follows the recipe")
     standardisation: Literal["auto", "pooled", "per_position"] = setting("auto", "how targets are standardised; auto follows the recipe")
     relation: Literal["auto", "product", "additive"] = setting("auto", "how a group changes a sample's influence; auto follows the recipe")

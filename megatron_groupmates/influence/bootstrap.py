@@ -14,8 +14,15 @@ _SHORTLIST = 256
 _CHUNK_ELEMENTS = 1 << 22
 
 
-def beam_search(embeddings: np.ndarray, individual: np.ndarray, relation: Relation, num_steps: int, num_beams: int,
-                num_extensions: int = 5, direction: str = "lowest") -> np.ndarray:
+def beam_search(
+    embeddings: np.ndarray,
+    individual: np.ndarray,
+    relation: Relation,
+    num_steps: int,
+    num_beams: int,
+    num_extensions: int = 5,
+    direction: str = "lowest",
+) -> np.ndarray:
     """Rollouts with the lowest or highest summed prediction.
 
     Step 1 keeps the ``num_beams`` best candidates by individual influence. Each later step extends every rollout by
@@ -44,8 +51,7 @@ def beam_search(embeddings: np.ndarray, individual: np.ndarray, relation: Relati
     reach = _reach(embeddings, individual, relation, sign)
     by_reach = np.argsort(reach, kind="stable")
     for _ in range(num_steps - 1):
-        samples, scores = _best_extensions(embeddings, individual, relation, sign, beams, num_extensions,
-                                           reach, by_reach)
+        samples, scores = _best_extensions(embeddings, individual, relation, sign, beams, num_extensions, reach, by_reach)
         origin, column = np.nonzero(np.isfinite(scores))
         longer = np.concatenate([beams[origin], samples[origin, column][:, None]], axis=1)
         sums = totals[origin] + scores[origin, column]
@@ -54,8 +60,16 @@ def beam_search(embeddings: np.ndarray, individual: np.ndarray, relation: Relati
     return beams
 
 
-def diverse_bootstrap(embeddings: np.ndarray, individual: np.ndarray, relation: Relation, num_steps: int, count: int,
-                      direction: str = "lowest", max_uses: int = 5, seed: int = 0) -> np.ndarray:
+def diverse_bootstrap(
+    embeddings: np.ndarray,
+    individual: np.ndarray,
+    relation: Relation,
+    num_steps: int,
+    count: int,
+    direction: str = "lowest",
+    max_uses: int = 5,
+    seed: int = 0,
+) -> np.ndarray:
     """Good (or bad) rollouts that cover many samples, where a beam search ends in permutations of one set.
 
     The better half of the candidates by individual influence is cut into ``count`` equal strata; each rollout starts
@@ -83,12 +97,14 @@ def diverse_bootstrap(embeddings: np.ndarray, individual: np.ndarray, relation: 
     num_candidates = len(individual)
     needed = max(count, -(-count * num_steps // max_uses) + num_steps)
     if num_candidates < needed:
-        raise UserError(f"{count} diverse rollouts of {num_steps} samples, each in at most {max_uses}, need {needed} "
-                        f"candidates but there are {num_candidates}; give more candidates or fewer rollouts")
+        raise UserError(
+            f"{count} diverse rollouts of {num_steps} samples, each in at most {max_uses}, need {needed} "
+            f"candidates but there are {num_candidates}; give more candidates or fewer rollouts"
+        )
     order = np.argsort(sign * individual, kind="stable")
     generator = np.random.default_rng(seed)
     starts = _stratified_starts(order, count, generator)
-    choices = np.sort(order[:max(4 * needed, num_candidates // 4)])
+    choices = np.sort(order[: max(4 * needed, num_candidates // 4)])
     rows, values = embeddings[choices], individual[choices]
     uses = np.bincount(starts, minlength=num_candidates)[choices]
     seen: set[frozenset[int]] = set()
@@ -104,8 +120,10 @@ def diverse_bootstrap(embeddings: np.ndarray, individual: np.ndarray, relation: 
                 scores[chosen] = np.inf
                 chosen = int(scores.argmin())
             if np.isinf(scores[chosen]):
-                raise UserError(f"only {len(rollouts)} of {count} diverse rollouts are possible with {num_candidates} "
-                                f"candidates, each in at most {max_uses}; give more candidates or fewer rollouts")
+                raise UserError(
+                    f"only {len(rollouts)} of {count} diverse rollouts are possible with {num_candidates} "
+                    f"candidates, each in at most {max_uses}; give more candidates or fewer rollouts"
+                )
             rollout.append(int(choices[chosen]))
             uses[chosen] += 1
         seen.add(frozenset(rollout))
@@ -113,8 +131,9 @@ def diverse_bootstrap(embeddings: np.ndarray, individual: np.ndarray, relation: 
     return np.array(rollouts, np.int64).reshape(count, num_steps)
 
 
-def bootstrap_rollouts(embeddings: np.ndarray, individual: np.ndarray, relation: Relation, count: int, num_steps: int,
-                       method: str, seed: int = 0) -> np.ndarray:
+def bootstrap_rollouts(
+    embeddings: np.ndarray, individual: np.ndarray, relation: Relation, count: int, num_steps: int, method: str, seed: int = 0
+) -> np.ndarray:
     """Bootstrap rollouts of one round: the first half lowest (best), the second half highest (worst) predictions.
 
     Args:
@@ -141,8 +160,7 @@ def bootstrap_rollouts(embeddings: np.ndarray, individual: np.ndarray, relation:
     return np.concatenate(parts)
 
 
-def _checked(embeddings: np.ndarray, individual: np.ndarray, num_steps: int,
-             direction: str) -> tuple[np.ndarray, np.ndarray, float]:
+def _checked(embeddings: np.ndarray, individual: np.ndarray, num_steps: int, direction: str) -> tuple[np.ndarray, np.ndarray, float]:
     """Contiguous float64 input, and the sign that makes the direction's best the lowest."""
     if direction not in DIRECTIONS:
         raise UserError(f"direction is {direction!r}; choose one of {', '.join(DIRECTIONS)}")
@@ -162,9 +180,16 @@ def _reach(embeddings: np.ndarray, individual: np.ndarray, relation: Relation, s
     return extremes - 1e-9 * magnitude
 
 
-def _best_extensions(embeddings: np.ndarray, individual: np.ndarray, relation: Relation, sign: float,
-                     beams: np.ndarray, num_extensions: int, reach: np.ndarray,
-                     by_reach: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _best_extensions(
+    embeddings: np.ndarray,
+    individual: np.ndarray,
+    relation: Relation,
+    sign: float,
+    beams: np.ndarray,
+    num_extensions: int,
+    reach: np.ndarray,
+    by_reach: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
     """The best next samples of each rollout, int64 and float64 ``[B, num_extensions]``; infinite score: there is none.
 
     Only the candidates first in ``by_reach`` are scored, more of them as long as one left out might be better.
@@ -179,7 +204,7 @@ def _best_extensions(embeddings: np.ndarray, individual: np.ndarray, relation: R
         columns = np.sort(by_reach[:width])
         chunk = max(1, _CHUNK_ELEMENTS // width)
         for start in range(0, pending.size, chunk):
-            part = pending[start:start + chunk]
+            part = pending[start : start + chunk]
             values = _extension_scores(embeddings, individual, relation, sign, beams[part], columns)
             best = _lowest(values, num_extensions)
             samples[part], scores[part] = columns[best], np.take_along_axis(values, best, axis=1)
@@ -190,8 +215,9 @@ def _best_extensions(embeddings: np.ndarray, individual: np.ndarray, relation: R
     return samples, scores
 
 
-def _extension_scores(embeddings: np.ndarray, individual: np.ndarray, relation: Relation, sign: float,
-                      beams: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def _extension_scores(
+    embeddings: np.ndarray, individual: np.ndarray, relation: Relation, sign: float, beams: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
     """Signed scores of candidates ``columns`` after each rollout, float64 ``[B, columns]``; members are infinite."""
     members, index = np.unique(beams, return_inverse=True)
     index = index.reshape(beams.shape)
@@ -210,7 +236,7 @@ def _extension_scores(embeddings: np.ndarray, individual: np.ndarray, relation: 
 
 def _lowest(values: np.ndarray, count: int) -> np.ndarray:
     """Columns of the ``count`` lowest values of each row, lowest first, ties by column; int64 ``[rows, count]``."""
-    limit = np.partition(values, count - 1, axis=1)[:, count - 1:count]
+    limit = np.partition(values, count - 1, axis=1)[:, count - 1 : count]
     result = np.empty((len(values), count), np.int64)
     below = values <= limit
     exact = below.sum(axis=1) == count

@@ -51,14 +51,17 @@ class FitSettings:
     """Further fits, each with another seed, while the correlation at t = 1 is negative."""
 
     def __post_init__(self) -> None:
-        positive = {"learning_rate": self.learning_rate, "epochs": self.epochs, "batch_rollouts": self.batch_rollouts,
-                    "max_held_out": self.max_held_out,
-                    "embedding_dim": 1 if self.embedding_dim is None else self.embedding_dim}
+        positive = {
+            "learning_rate": self.learning_rate,
+            "epochs": self.epochs,
+            "batch_rollouts": self.batch_rollouts,
+            "max_held_out": self.max_held_out,
+            "embedding_dim": 1 if self.embedding_dim is None else self.embedding_dim,
+        }
         for name, value in positive.items():
             if value <= 0:
                 raise UserError(f"{name} is {value}; it must be above 0")
-        for name, value in {"weight_decay": self.weight_decay, "warmup_steps": self.warmup_steps,
-                            "max_refits": self.max_refits}.items():
+        for name, value in {"weight_decay": self.weight_decay, "warmup_steps": self.warmup_steps, "max_refits": self.max_refits}.items():
             if value < 0:
                 raise UserError(f"{name} is {value}; it must be at least 0")
         if not 0 < self.held_out_fraction < 1:
@@ -100,15 +103,19 @@ def split_rollouts(num_rollouts: int, settings: FitSettings, seed: int) -> tuple
     """
     if num_rollouts < 4:
         raise UserError(f"{num_rollouts} rollouts cannot be split into training and held-out ones; collect at least 4")
-    num_held_out = min(max(2, round(settings.held_out_fraction * num_rollouts)), settings.max_held_out,
-                       num_rollouts - 2)
+    num_held_out = min(max(2, round(settings.held_out_fraction * num_rollouts)), settings.max_held_out, num_rollouts - 2)
     order = np.random.default_rng(seed).permutation(num_rollouts)
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 
 
-def fit_relational(features: Tensor | np.ndarray, labels: np.ndarray, settings: FitSettings, seed: int,
-                   group: torch.distributed.ProcessGroup | None = None,
-                   progress: Callable[[int], None] | None = None) -> FitResult:
+def fit_relational(
+    features: Tensor | np.ndarray,
+    labels: np.ndarray,
+    settings: FitSettings,
+    seed: int,
+    group: torch.distributed.ProcessGroup | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> FitResult:
     """Fit the relational model and its baselines; deterministic for a seed.
 
     Args:
@@ -127,8 +134,10 @@ def fit_relational(features: Tensor | np.ndarray, labels: np.ndarray, settings: 
     features = torch.as_tensor(features, dtype=torch.float32)
     labels = np.asarray(labels, np.float64)
     if features.dim() != 3 or tuple(features.shape[:2]) != labels.shape:
-        raise UserError(f"features have shape {list(features.shape)} and labels {list(labels.shape)}; "
-                        "give [rollouts, steps, feature_dim] with [rollouts, steps]")
+        raise UserError(
+            f"features have shape {list(features.shape)} and labels {list(labels.shape)}; "
+            "give [rollouts, steps, feature_dim] with [rollouts, steps]"
+        )
     data = _split(features, labels, settings, seed)
     attempts: list[dict[str, Any]] = []
     for attempt in range(settings.max_refits + 1):
@@ -137,16 +146,24 @@ def fit_relational(features: Tensor | np.ndarray, labels: np.ndarray, settings: 
         accepted = outcome["first_position_correlation"] >= 0
         if accepted:
             break
-        logger.warning("relational model refused: correlation at t = 1 is %.3f on held-out rollouts (seed %d)",
-                       outcome["first_position_correlation"], seed + attempt)
+        logger.warning(
+            "relational model refused: correlation at t = 1 is %.3f on held-out rollouts (seed %d)",
+            outcome["first_position_correlation"],
+            seed + attempt,
+        )
     baseline, _ = _train("none", data, settings, seed, group, progress)
     report: FitReport = {
         "relational": fit_metrics(_predict(model, data), data.held_out_targets),
         "individual": fit_metrics(_predict(baseline, data), data.held_out_targets),
         "constant": fit_metrics(np.zeros_like(data.held_out_targets), data.held_out_targets),
-        "accepted": accepted, "attempts": attempts, "relation": model.relation_values().to_json(),
-        "train_rollouts": len(data.train_features), "held_out_rollouts": len(data.held_out_features),
-        "seed": seed, "settings": dataclasses.asdict(settings)}
+        "accepted": accepted,
+        "attempts": attempts,
+        "relation": model.relation_values().to_json(),
+        "train_rollouts": len(data.train_features),
+        "held_out_rollouts": len(data.held_out_features),
+        "seed": seed,
+        "settings": dataclasses.asdict(settings),
+    }
     return FitResult(model=model if accepted else None, report=report)
 
 
@@ -154,31 +171,42 @@ def _split(features: Tensor, labels: np.ndarray, settings: FitSettings, seed: in
     train, held_out = split_rollouts(len(labels), settings, seed)
     standardiser = Standardiser.fit(labels[train], settings.standardisation)
     targets = standardiser.apply(labels).astype(np.float32)
-    return _Data(train_features=features[train], held_out_features=features[held_out],
-                 train_targets=torch.from_numpy(targets[train]).to(features.device), held_out_targets=targets[held_out],
-                 standardiser=standardiser)
+    return _Data(
+        train_features=features[train],
+        held_out_features=features[held_out],
+        train_targets=torch.from_numpy(targets[train]).to(features.device),
+        held_out_targets=targets[held_out],
+        standardiser=standardiser,
+    )
 
 
-def _train(relation: str, data: _Data, settings: FitSettings, seed: int,
-           group: torch.distributed.ProcessGroup | None,
-           progress: Callable[[int], None] | None) -> tuple[RelationalModel, dict[str, Any]]:
+def _train(
+    relation: str,
+    data: _Data,
+    settings: FitSettings,
+    seed: int,
+    group: torch.distributed.ProcessGroup | None,
+    progress: Callable[[int], None] | None,
+) -> tuple[RelationalModel, dict[str, Any]]:
     """One fit: the model at the epoch with the best held-out Spearman, and how it went. Collective over ``group``."""
     num_rollouts, _, feature_dim = data.train_features.shape
-    model = RelationalModel(feature_dim, settings.embedding_dim or feature_dim, relation=relation,
-                            projection=settings.embedding_dim is not None, seed=seed)
+    model = RelationalModel(
+        feature_dim, settings.embedding_dim or feature_dim, relation=relation, projection=settings.embedding_dim is not None, seed=seed
+    )
     model.to(data.train_features.device)
     model.set_feature_statistics(data.train_features)
     model.standardiser = data.standardiser
     optimizer = _make_optimizer(model, settings)
     steps_per_epoch = -(-num_rollouts // settings.batch_rollouts)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, settings.warmup_steps, settings.epochs * steps_per_epoch))
+        optimizer, lambda step: learning_rate_factor(step, settings.warmup_steps, settings.epochs * steps_per_epoch)
+    )
     generator = np.random.default_rng(seed)
     best_state, best_spearman, best_epoch, curve = copy.deepcopy(model.state_dict()), -np.inf, 0, []
     for epoch in range(1, settings.epochs + 1):
         order = generator.permutation(num_rollouts)
         for start in range(0, num_rollouts, settings.batch_rollouts):
-            _step(model, optimizer, data, order[start:start + settings.batch_rollouts], group)
+            _step(model, optimizer, data, order[start : start + settings.batch_rollouts], group)
             schedule.step()
         value = _agree(spearman(_predict(model, data), data.held_out_targets), group)
         curve.append(value)
@@ -188,15 +216,15 @@ def _train(relation: str, data: _Data, settings: FitSettings, seed: int,
             progress(1)
     model.load_state_dict(best_state)
     first = _agree(pearson(_predict(model, data)[:, 0], data.held_out_targets[:, 0]), group)
-    return model, {"seed": seed, "best_epoch": best_epoch, "held_out_spearman": curve,
-                   "first_position_correlation": first}
+    return model, {"seed": seed, "best_epoch": best_epoch, "held_out_spearman": curve, "first_position_correlation": first}
 
 
 def _make_optimizer(model: RelationalModel, settings: FitSettings) -> torch.optim.Optimizer:
     decayed = [value for name, value in model.named_parameters() if name in ("projection", "head_weight")]
     others = [value for name, value in model.named_parameters() if name not in ("projection", "head_weight")]
-    return torch.optim.AdamW([{"params": decayed, "weight_decay": settings.weight_decay},
-                              {"params": others, "weight_decay": 0.0}], lr=settings.learning_rate)
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}], lr=settings.learning_rate
+    )
 
 
 def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:
@@ -206,8 +234,9 @@ def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> floa
     return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
 
 
-def _step(model: RelationalModel, optimizer: torch.optim.Optimizer, data: _Data, batch: np.ndarray,
-          group: torch.distributed.ProcessGroup | None) -> None:
+def _step(
+    model: RelationalModel, optimizer: torch.optim.Optimizer, data: _Data, batch: np.ndarray, group: torch.distributed.ProcessGroup | None
+) -> None:
     """One optimizer step on the mean squared error over the whole batch. Collective over ``group``."""
     rank = 0 if group is None else torch.distributed.get_rank(group)
     size = 1 if group is None else torch.distributed.get_world_size(group)

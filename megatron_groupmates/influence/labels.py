@@ -30,8 +30,10 @@ def increments(losses: np.ndarray) -> np.ndarray:
         raise UserError(f"rollout losses have shape {list(losses.shape)}; give [rollouts, steps + 1], at least 1 step")
     broken = np.flatnonzero(~np.isfinite(losses).all(axis=1))
     if broken.size:
-        raise UserError(f"{broken.size} of {len(losses)} rollouts have a loss that is not finite (first: rollout "
-                        f"{broken[0]}); lower the oracle's learning rate")
+        raise UserError(
+            f"{broken.size} of {len(losses)} rollouts have a loss that is not finite (first: rollout "
+            f"{broken[0]}); lower the oracle's learning rate"
+        )
     return np.diff(losses, axis=1)
 
 

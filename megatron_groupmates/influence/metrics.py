@@ -38,8 +38,12 @@ def mean_absolute_error(predictions: np.ndarray, targets: np.ndarray) -> float:
 
 def fit_metrics(predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """``spearman``, ``pearson``, ``mse`` and ``mae`` over all elements."""
-    return {"spearman": spearman(predictions, targets), "pearson": pearson(predictions, targets),
-            "mse": mean_squared_error(predictions, targets), "mae": mean_absolute_error(predictions, targets)}
+    return {
+        "spearman": spearman(predictions, targets),
+        "pearson": pearson(predictions, targets),
+        "mse": mean_squared_error(predictions, targets),
+        "mae": mean_absolute_error(predictions, targets),
+    }
 
 
 def _centred(values: np.ndarray) -> np.ndarray:

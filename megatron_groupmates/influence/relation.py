@@ -42,8 +42,10 @@ class Relation:
             raise UserError(f"relation is {self.kind!r}; choose one of {', '.join(RELATIONS)}")
         scalars = (self.alpha, self.tau, self.gamma, self.offset)
         if not np.isfinite(scalars).all() or (self.kind == "product" and self.tau == 0):
-            raise UserError(f"relation {self.kind}: alpha, tau, gamma and c are {scalars}; all must be finite and tau "
-                            "not zero; fit the relational model again")
+            raise UserError(
+                f"relation {self.kind}: alpha, tau, gamma and c are {scalars}; all must be finite and tau "
+                "not zero; fit the relational model again"
+            )
 
     def scores(self, individual: Any, mean_similarity: Any) -> Any:
         """Predicted influences of samples joining a group that is not empty.
@@ -52,8 +54,7 @@ class Relation:
             individual: s, any shape, NumPy arrays or floats; float64 where exactness matters.
             mean_similarity: m, same shape or one that broadcasts.
         """
-        return relation_scores(self.kind, individual, mean_similarity, alpha=self.alpha, tau=self.tau,
-                               gamma=self.gamma, offset=self.offset)
+        return relation_scores(self.kind, individual, mean_similarity, alpha=self.alpha, tau=self.tau, gamma=self.gamma, offset=self.offset)
 
     def sensitivity(self, individual: np.ndarray) -> np.ndarray:
         """By how much ``scores`` can change per unit of mean similarity, float64, shape of ``individual``."""
@@ -67,8 +68,7 @@ class Relation:
         return dataclasses.asdict(self)
 
 
-def relation_scores(kind: str, individual: Values, mean_similarity: Values, *, alpha: Any, tau: Any, gamma: Any,
-                    offset: Any) -> Values:
+def relation_scores(kind: str, individual: Values, mean_similarity: Values, *, alpha: Any, tau: Any, gamma: Any, offset: Any) -> Values:
     """The formula of each kind of ``RELATIONS``, for torch tensors and NumPy arrays alike."""
     if kind == "product":
         return individual * alpha * (1 - mean_similarity / tau)

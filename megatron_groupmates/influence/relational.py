@@ -61,12 +61,13 @@ def relational_scores(embeddings: Any, individual: Any, alpha: Any, tau: Any) ->
     """
     embeddings, individual, alpha, tau = (_as_tensor(value) for value in (embeddings, individual, alpha, tau))
     if embeddings.dim() not in (2, 3) or embeddings.shape[:-1] != individual.shape:
-        raise UserError(f"embeddings have shape {list(embeddings.shape)} and individual {list(individual.shape)}; "
-                        "give [T, d] with [T], or [B, T, d] with [B, T]")
+        raise UserError(
+            f"embeddings have shape {list(embeddings.shape)} and individual {list(individual.shape)}; "
+            "give [T, d] with [T], or [B, T, d] with [B, T]"
+        )
     if alpha.numel() != 1 or tau.numel() != 1:
         raise UserError(f"alpha has {alpha.numel()} elements and tau {tau.numel()}; give one number each")
-    return rollout_scores("product", embeddings, individual, alpha=alpha.reshape(()), tau=tau.reshape(()),
-                          gamma=0.0, offset=0.0)
+    return rollout_scores("product", embeddings, individual, alpha=alpha.reshape(()), tau=tau.reshape(()), gamma=0.0, offset=0.0)
 
 
 def _as_tensor(value: Any) -> Tensor:
@@ -83,8 +84,7 @@ class RelationalModel(nn.Module):
         standardiser: statistics of the labels it was fitted to, saved with it; None before the fit.
     """
 
-    def __init__(self, feature_dim: int, embedding_dim: int, relation: str = "product", projection: bool = True,
-                 seed: int = 0) -> None:
+    def __init__(self, feature_dim: int, embedding_dim: int, relation: str = "product", projection: bool = True, seed: int = 0) -> None:
         """Make a model with seeded random weights (no global random state is used or changed).
 
         Args:
@@ -98,8 +98,9 @@ class RelationalModel(nn.Module):
         if relation not in RELATIONS:
             raise UserError(f"relation is {relation!r}; choose one of {', '.join(RELATIONS)}")
         if not projection and feature_dim != embedding_dim:
-            raise UserError(f"embedding_dim is {embedding_dim} but the encoder gives {feature_dim}; "
-                            "without a projection they must be equal")
+            raise UserError(
+                f"embedding_dim is {embedding_dim} but the encoder gives {feature_dim}; without a projection they must be equal"
+            )
         self.feature_dim, self.embedding_dim, self.relation = feature_dim, embedding_dim, relation
         self.standardiser: Standardiser | None = None
         generator = torch.Generator().manual_seed(seed)
@@ -112,8 +113,7 @@ class RelationalModel(nn.Module):
             self.projection = None
         self.head_weight = nn.Parameter(torch.randn(embedding_dim, generator=generator) / embedding_dim**0.5)
         self.head_bias = nn.Parameter(torch.zeros(()))
-        for name, start in {"product": {"alpha": 1.0, "tau": 1.0}, "additive": {"gamma": 0.0, "offset": 0.0},
-                            "none": {}}[relation].items():
+        for name, start in {"product": {"alpha": 1.0, "tau": 1.0}, "additive": {"gamma": 0.0, "offset": 0.0}, "none": {}}[relation].items():
             self.register_parameter(name, nn.Parameter(torch.tensor(start)))
 
     def set_feature_statistics(self, features: Tensor) -> None:
@@ -154,10 +154,16 @@ class RelationalModel(nn.Module):
         directory = Path(directory)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         write_bytes(directory / _WEIGHTS, save(weights))
-        write_json(directory / _CONFIG, {
-            "feature_dim": self.feature_dim, "embedding_dim": self.embedding_dim, "relation": self.relation,
-            "projection": self.projection is not None,
-            "targets": None if self.standardiser is None else self.standardiser.to_json()})
+        write_json(
+            directory / _CONFIG,
+            {
+                "feature_dim": self.feature_dim,
+                "embedding_dim": self.embedding_dim,
+                "relation": self.relation,
+                "projection": self.projection is not None,
+                "targets": None if self.standardiser is None else self.standardiser.to_json(),
+            },
+        )
 
     @classmethod
     def load(cls, directory: Path | str) -> RelationalModel:

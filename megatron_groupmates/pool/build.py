@@ -58,8 +58,15 @@ class BuildOptions:
             raise UserError(f"a shard has at least 1 sample, not {self.samples_per_shard}; change --samples-per-shard")
 
 
-def build_pool(inputs: Sequence[str | Path], output: Path | str, tokenizer: PoolTokenizer, options: BuildOptions, *,
-               num_workers: int = 0, max_rejects: int | None = None) -> tuple[dict[str, Any], bool]:
+def build_pool(
+    inputs: Sequence[str | Path],
+    output: Path | str,
+    tokenizer: PoolTokenizer,
+    options: BuildOptions,
+    *,
+    num_workers: int = 0,
+    max_rejects: int | None = None,
+) -> tuple[dict[str, Any], bool]:
     """Make a pool from raw documents; it is complete or absent.
 
     Args:
@@ -81,8 +88,12 @@ def build_pool(inputs: Sequence[str | Path], output: Path | str, tokenizer: Pool
     """
     output = Path(output)
     files = [DocumentFile(path, name, options.text_field) for name, path in find_inputs(inputs)]
-    arguments = {"inputs": [[file.name, file.num_bytes] for file in files], "eot_id": tokenizer.eot_id,
-                 "tokenizer_fingerprint": tokenizer.fingerprint, **dataclasses.asdict(options)}
+    arguments = {
+        "inputs": [[file.name, file.num_bytes] for file in files],
+        "eot_id": tokenizer.eot_id,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        **dataclasses.asdict(options),
+    }
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         return _check_present(output, arguments), False
     with atomic_directory(output) as partial:
@@ -92,8 +103,7 @@ def build_pool(inputs: Sequence[str | Path], output: Path | str, tokenizer: Pool
             _collect(files, tokenizer, collector, num_workers, max_rejects, partial / REJECTS_FILE, output)
             samples = collector.finish([file.name for file in files])
         if samples.num_samples == 0:
-            raise UserError(f"no sample comes of the {len(files)} input files: {_describe(collector)}; check "
-                            "--text-field, or lower --pack")
+            raise UserError(f"no sample comes of the {len(files)} input files: {_describe(collector)}; check --text-field, or lower --pack")
         summary = _summarise(collector, samples)
         _write(partial, samples, tokenizer, options, {"tool": _TOOL, "arguments": arguments, "summary": summary})
         spool_path.unlink()
@@ -108,10 +118,8 @@ def _check_present(output: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     present = made_by.get("arguments", {})
     different = sorted(name for name in {*present, *arguments} if present.get(name) != arguments.get(name))
     if made_by.get("tool") != _TOOL or different:
-        values = "; ".join(f"{name} was {_shorten(present.get(name))}, is {_shorten(arguments.get(name))}"
-                           for name in different)
-        raise UserError(f"{output} is a pool made with other arguments ({values}); choose another --output or remove "
-                        "it")
+        values = "; ".join(f"{name} was {_shorten(present.get(name))}, is {_shorten(arguments.get(name))}" for name in different)
+        raise UserError(f"{output} is a pool made with other arguments ({values}); choose another --output or remove it")
     return made_by["summary"]
 
 
@@ -120,12 +128,21 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def _collect(files: list[DocumentFile], tokenizer: PoolTokenizer, collector: SampleCollector, num_workers: int,
-             max_rejects: int | None, rejects_path: Path, output: Path) -> None:
+def _collect(
+    files: list[DocumentFile],
+    tokenizer: PoolTokenizer,
+    collector: SampleCollector,
+    num_workers: int,
+    max_rejects: int | None,
+    rejects_path: Path,
+    output: Path,
+) -> None:
     """Encode all files into the collector and write the rejects file."""
     done = [0] * len(files)
-    with (open(rejects_path, "w", encoding="utf-8") as rejects_file,
-          progress_bar(sum(file.num_bytes for file in files), "tokenise", unit="B", unit_scale=True) as bar):
+    with (
+        open(rejects_path, "w", encoding="utf-8") as rejects_file,
+        progress_bar(sum(file.num_bytes for file in files), "tokenise", unit="B", unit_scale=True) as bar,
+    ):
         for batch in encode_files(files, tokenizer, num_workers):
             collector.add(batch)
             for reject in batch.rejects:
@@ -137,41 +154,51 @@ def _collect(files: list[DocumentFile], tokenizer: PoolTokenizer, collector: Sam
                 rejects_file.flush()
                 kept = output.with_name(f"{output.name}.{REJECTS_FILE}")
                 write_bytes(kept, rejects_path.read_bytes())
-                raise UserError(f"{num_rejects} lines rejected so far, --max-rejects is {max_rejects}; {kept} lists "
-                                f"them ({_describe(collector)})")
+                raise UserError(
+                    f"{num_rejects} lines rejected so far, --max-rejects is {max_rejects}; {kept} lists them ({_describe(collector)})"
+                )
 
 
 def _describe(collector: SampleCollector) -> str:
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(collector.rejects_by_kind.items()))
-    return (f"{collector.counts['documents_accepted']} documents with {collector.counts['tokens_encoded']} tokens, "
-            f"{collector.counts['documents_rejected']} lines rejected{f' ({kinds})' if kinds else ''}")
+    return (
+        f"{collector.counts['documents_accepted']} documents with {collector.counts['tokens_encoded']} tokens, "
+        f"{collector.counts['documents_rejected']} lines rejected{f' ({kinds})' if kinds else ''}"
+    )
 
 
 def _summarise(collector: SampleCollector, samples: CollectedSamples) -> dict[str, Any]:
     counts = collector.counts
     tokens_in_pool = int(samples.lengths.sum())
     assert tokens_in_pool + counts["tokens_dropped_in_tails"] == counts["tokens_encoded"]
-    return {"documents_read": counts["documents_accepted"] + counts["documents_rejected"], **counts,
-            "rejects_by_kind": dict(sorted(collector.rejects_by_kind.items())), "tokens_in_pool": tokens_in_pool,
-            "samples": samples.num_samples}
+    return {
+        "documents_read": counts["documents_accepted"] + counts["documents_rejected"],
+        **counts,
+        "rejects_by_kind": dict(sorted(collector.rejects_by_kind.items())),
+        "tokens_in_pool": tokens_in_pool,
+        "samples": samples.num_samples,
+    }
 
 
-def _write(directory: Path, samples: CollectedSamples, tokenizer: PoolTokenizer, options: BuildOptions,
-           made_by: dict[str, Any]) -> None:
+def _write(directory: Path, samples: CollectedSamples, tokenizer: PoolTokenizer, options: BuildOptions, made_by: dict[str, Any]) -> None:
     """Write shuffled shards, their sources, the tokenizer and the index."""
     order = permute(np.arange(samples.num_samples), samples.num_samples, derive_key("pool shuffle", options.seed))
     shards = []
     with progress_bar(samples.num_samples, "write shards", unit="sample", unit_scale=True) as bar:
         for number, first in enumerate(range(0, samples.num_samples, options.samples_per_shard)):
             chosen = order[first : first + options.samples_per_shard].tolist()
-            shards.append(write_shard(directory, number, map(samples.tokens, chosen), tokenizer.token_dtype,
-                                      options.member_format))
+            shards.append(write_shard(directory, number, map(samples.tokens, chosen), tokenizer.token_dtype, options.member_format))
             write_sources(directory, shard_name(number), map(samples.source, chosen))
             bar.update(len(chosen))
     write_bytes(directory / TOKENIZER_FILE, tokenizer.content)
     facts = PoolFacts(
-        member_format=options.member_format, token_dtype=tokenizer.token_dtype, vocab_size=tokenizer.vocab_size,
-        eot_id=tokenizer.eot_id, tokenizer={"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
-        kinds=samples.kinds, made_by=made_by)
+        member_format=options.member_format,
+        token_dtype=tokenizer.token_dtype,
+        vocab_size=tokenizer.vocab_size,
+        eot_id=tokenizer.eot_id,
+        tokenizer={"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
+        kinds=samples.kinds,
+        made_by=made_by,
+    )
     write_manifest(directory, shards)
     write_index(directory, facts, shards, samples.kind_of[order])

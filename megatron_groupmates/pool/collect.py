@@ -42,7 +42,8 @@ class SampleCollector:
         self._kind_numbers: dict[str, int] = {}
         self._urls: list[str] = []
         self._columns: dict[str, list[np.ndarray]] = {
-            name: [np.empty(0, dtype=np.int64)] for name in (*_SAMPLE_COLUMNS, *_PART_COLUMNS, *_DOCUMENT_COLUMNS)}
+            name: [np.empty(0, dtype=np.int64)] for name in (*_SAMPLE_COLUMNS, *_PART_COLUMNS, *_DOCUMENT_COLUMNS)
+        }
         self.counts = Counter(documents_accepted=0, documents_rejected=0, tokens_encoded=0, tokens_dropped_in_tails=0)
         self.rejects_by_kind: Counter[str] = Counter()
 
@@ -92,8 +93,9 @@ class SampleCollector:
             return -1
         number = self._kind_numbers.setdefault(kind, len(self._kind_numbers))
         if number >= _MAX_KINDS:
-            raise UserError(f"the records have more than {_MAX_KINDS} different values of {self._kind_field!r}; name a "
-                            "coarser field with --kind-field")
+            raise UserError(
+                f"the records have more than {_MAX_KINDS} different values of {self._kind_field!r}; name a coarser field with --kind-field"
+            )
         return number
 
     def _add_block(self, block: SampleBlock) -> None:
@@ -112,8 +114,9 @@ class CollectedSamples:
         lengths: int64[num_samples], tokens of each.
     """
 
-    def __init__(self, tokens: np.ndarray, columns: dict[str, np.ndarray], urls: list[str], kinds: list[str],
-                 file_names: list[str]) -> None:
+    def __init__(
+        self, tokens: np.ndarray, columns: dict[str, np.ndarray], urls: list[str], kinds: list[str], file_names: list[str]
+    ) -> None:
         self._tokens = tokens
         self._columns = columns
         self._urls = urls
@@ -136,9 +139,14 @@ class CollectedSamples:
         documents = []
         for part in range(stop - columns["parts_per_sample"][sample], stop):
             document = columns["part_document"][part]
-            documents.append({
-                "file": self._file_names[columns["file"][document]], "line": int(columns["line"][document]),
-                "url": self._urls[document], "first_token": int(columns["part_first_token"][part]),
-                "num_tokens": int(columns["part_num_tokens"][part])})
+            documents.append(
+                {
+                    "file": self._file_names[columns["file"][document]],
+                    "line": int(columns["line"][document]),
+                    "url": self._urls[document],
+                    "first_token": int(columns["part_first_token"][part]),
+                    "num_tokens": int(columns["part_num_tokens"][part]),
+                }
+            )
         kind = self.kind_of[sample]
         return {"kind": None if kind < 0 else self.kinds[kind], "documents": documents}

@@ -27,10 +27,12 @@ class PoolDataset(torch.utils.data.Dataset):
     def __init__(self, index: PoolIndex, sequence_length: int) -> None:
         other = np.flatnonzero(index.lengths != sequence_length + 1)
         if other.size:
-            raise UserError(f"training sequences of {sequence_length} tokens need samples of {sequence_length + 1} "
-                            f"tokens, but {other.size} of the {index.num_samples} samples of {index.directory} differ "
-                            f"(the first has {index.lengths[other[0]]}); preprocess with --pack {sequence_length + 1}, "
-                            "or set the sequence length to the pool's")
+            raise UserError(
+                f"training sequences of {sequence_length} tokens need samples of {sequence_length + 1} "
+                f"tokens, but {other.size} of the {index.num_samples} samples of {index.directory} differ "
+                f"(the first has {index.lengths[other[0]]}); preprocess with --pack {sequence_length + 1}, "
+                "or set the sequence length to the pool's"
+            )
         self._reader = PoolReader(index)
 
     def __len__(self) -> int:
@@ -65,11 +67,20 @@ class OrderBatchSampler:
         IndexError: (on iteration) the order ends within the batch asked for.
     """
 
-    def __init__(self, order_provider: Callable[[], SampleOrder], consumed_samples: int, micro_batch_size: int,
-                 data_parallel_rank: int, data_parallel_size: int, global_batch_size: int) -> None:
+    def __init__(
+        self,
+        order_provider: Callable[[], SampleOrder],
+        consumed_samples: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        global_batch_size: int,
+    ) -> None:
         if global_batch_size % (micro_batch_size * data_parallel_size):
-            raise UserError(f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size "
-                            f"{micro_batch_size} x data_parallel_size {data_parallel_size}; change one of them")
+            raise UserError(
+                f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size "
+                f"{micro_batch_size} x data_parallel_size {data_parallel_size}; change one of them"
+            )
         assert 0 <= data_parallel_rank < data_parallel_size
         self._order_provider = order_provider
         self._issued_samples = consumed_samples

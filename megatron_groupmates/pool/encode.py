@@ -94,8 +94,7 @@ def encode_files(files: list[DocumentFile], tokenizer: PoolTokenizer, num_worker
         for raw, result in _in_order(executor, raw_batches, num_workers * _BATCHES_PER_WORKER):
             yield _finish(raw, *result)
     except BrokenProcessPool as error:
-        raise UserError(f"a tokenising process was killed, probably for want of memory; use fewer than {num_workers} "
-                        "--workers") from error
+        raise UserError(f"a tokenising process was killed, probably for want of memory; use fewer than {num_workers} --workers") from error
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -124,14 +123,12 @@ def _finish(raw: _RawBatch, tokens: np.ndarray, lengths: np.ndarray) -> EncodedB
         if length <= 0:
             kind = "no_tokens" if length == 0 else "control_token"
             rejects.append(Reject(document.file, document.line, kind, f"{len(document.text)} characters"))
-    kept = [dataclasses.replace(document, text="") for document, length in zip(raw.documents, lengths, strict=True)
-            if length > 0]
+    kept = [dataclasses.replace(document, text="") for document, length in zip(raw.documents, lengths, strict=True) if length > 0]
     rejects.sort(key=lambda reject: reject.line)
     return EncodedBatch(raw.file, kept, tokens, lengths[lengths > 0], rejects, raw.ends_file, raw.position)
 
 
-def _in_order(executor: ProcessPoolExecutor, raw_batches: Iterable[_RawBatch],
-              num_in_flight: int) -> Iterator[tuple[_RawBatch, Any]]:
+def _in_order(executor: ProcessPoolExecutor, raw_batches: Iterable[_RawBatch], num_in_flight: int) -> Iterator[tuple[_RawBatch, Any]]:
     """(batch, its encoding) in the order of the batches, at most ``num_in_flight`` at a time."""
     waiting: deque[tuple[_RawBatch, Future[Any]]] = deque()
     for raw in raw_batches:

@@ -53,8 +53,7 @@ class IndexReport:
     built: bool
 
 
-def index_existing(directory: Path | str, output: Path | str, tokenizer: PoolTokenizer,
-                   num_workers: int = 0) -> IndexReport:
+def index_existing(directory: Path | str, output: Path | str, tokenizer: PoolTokenizer, num_workers: int = 0) -> IndexReport:
     """Make the token shards in ``directory`` a pool, by one pass over them.
 
     Args:
@@ -82,20 +81,29 @@ def index_existing(directory: Path | str, output: Path | str, tokenizer: PoolTok
         raise UserError(f"{directory} has no token shards: no *.tar files, and no {MANIFEST_FILE} that lists any")
     missing = [name for name in names if not (directory / f"{name}.tar").is_file()]
     if missing:
-        raise UserError(f"{len(missing)} of the {len(names)} shards of {directory / MANIFEST_FILE} are missing: "
-                        f"{_enumerate(missing)}; fetch them, or take their lines out of the manifest")
+        raise UserError(
+            f"{len(missing)} of the {len(names)} shards of {directory / MANIFEST_FILE} are missing: "
+            f"{_enumerate(missing)}; fetch them, or take their lines out of the manifest"
+        )
     records = _read_shards(directory, names, tokenizer.vocab_size, num_workers)
     for record in records:
         expected = None if listed is None else listed[record.name]
         if expected is not None and expected != len(record.lengths):
-            raise UserError(f"shard {directory / record.name}.tar has {len(record.lengths)} samples, the manifest says "
-                            f"{expected}; fetch it again")
+            raise UserError(
+                f"shard {directory / record.name}.tar has {len(record.lengths)} samples, the manifest says {expected}; fetch it again"
+            )
     shards = [record for record in records if len(record.lengths)]
     _write(directory, output, tokenizer, shards)
     num_samples = sum(len(shard.lengths) for shard in shards)
-    return IndexReport(len(shards), num_samples, sum(int(shard.lengths.sum(dtype=np.int64)) for shard in shards),
-                       extra=sorted(present - set(names)), repeated=repeated,
-                       empty=[record.name for record in records if not len(record.lengths)], built=True)
+    return IndexReport(
+        len(shards),
+        num_samples,
+        sum(int(shard.lengths.sum(dtype=np.int64)) for shard in shards),
+        extra=sorted(present - set(names)),
+        repeated=repeated,
+        empty=[record.name for record in records if not len(record.lengths)],
+        built=True,
+    )
 
 
 def read_shard(directory: Path, vocab_size: int, name: str) -> ShardRecord:
@@ -110,15 +118,23 @@ def read_shard(directory: Path, vocab_size: int, name: str) -> ShardRecord:
         for row, (info, content) in enumerate(_members(path)):
             tokens = decode_json_member(content)
             if tokens.min() < 0 or tokens.max() >= vocab_size:
-                raise ValueError(f"row {row} has ids from {tokens.min()} to {tokens.max()}, but the tokenizer's "
-                                 f"vocabulary has {vocab_size}: name the one that made the shards with --tokenizer")
+                raise ValueError(
+                    f"row {row} has ids from {tokens.min()} to {tokens.max()}, but the tokenizer's "
+                    f"vocabulary has {vocab_size}: name the one that made the shards with --tokenizer"
+                )
             offsets.append(info.offset_data)
             member_bytes.append(info.size)
             lengths.append(len(tokens))
     except (tarfile.TarError, ValueError, OSError) as error:
         raise UserError(f"shard {path} cannot be indexed: {error}") from error
-    return ShardRecord(name, np.array(offsets, dtype=np.uint64), np.array(member_bytes, dtype=np.uint32),
-                       np.array(lengths, dtype=np.int32), path.stat().st_size, sha256_file(path))
+    return ShardRecord(
+        name,
+        np.array(offsets, dtype=np.uint64),
+        np.array(member_bytes, dtype=np.uint32),
+        np.array(lengths, dtype=np.int32),
+        path.stat().st_size,
+        sha256_file(path),
+    )
 
 
 def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
@@ -169,7 +185,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, int | None] | None, list[str]]
             entry: Any = json.loads(line)
             name = entry["shard"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number} is not an object with \"shard\": {line[:80]!r}") from error
+            raise UserError(f'{path}, line {number} is not an object with "shard": {line[:80]!r}') from error
         if name in listed:
             repeated.append(name)
         listed[name] = entry.get("num_sequences", entry.get("num_chunks"))
@@ -182,10 +198,15 @@ def _write(directory: Path, output: Path, tokenizer: PoolTokenizer, shards: list
     output.mkdir(parents=True, exist_ok=True)
     write_bytes(output / TOKENIZER_FILE, tokenizer.content)
     facts = PoolFacts(
-        member_format="json.gz", token_dtype=tokenizer.token_dtype, vocab_size=tokenizer.vocab_size,
-        eot_id=tokenizer.eot_id, tokenizer={"name": tokenizer.name, "fingerprint": tokenizer.fingerprint}, kinds=[],
+        member_format="json.gz",
+        token_dtype=tokenizer.token_dtype,
+        vocab_size=tokenizer.vocab_size,
+        eot_id=tokenizer.eot_id,
+        tokenizer={"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
+        kinds=[],
         made_by={"tool": _TOOL, "arguments": {"shards": str(directory)}},
-        shard_directory="." if output == directory else str(directory))
+        shard_directory="." if output == directory else str(directory),
+    )
     num_samples = sum(len(shard.lengths) for shard in shards)
     write_index(output, facts, shards, np.full(num_samples, -1, dtype=np.int16))
 
@@ -193,12 +214,16 @@ def _write(directory: Path, output: Path, tokenizer: PoolTokenizer, shards: list
 def _check_present(directory: Path, output: Path, tokenizer: PoolTokenizer) -> IndexReport:
     index = PoolIndex.open(output)
     if (output / index.facts["shard_directory"]).resolve() != directory:
-        raise UserError(f"{output} is a pool already, with its shards in {output / index.facts['shard_directory']}, "
-                        f"not {directory}; choose another --output")
+        raise UserError(
+            f"{output} is a pool already, with its shards in {output / index.facts['shard_directory']}, "
+            f"not {directory}; choose another --output"
+        )
     if index.tokenizer["fingerprint"] != tokenizer.fingerprint:
-        raise UserError(f"{output} is a pool already, with tokenizer {index.tokenizer['name']} (SHA-256 "
-                        f"{index.tokenizer['fingerprint']}), not {tokenizer.name} ({tokenizer.fingerprint}); choose "
-                        "another --output")
+        raise UserError(
+            f"{output} is a pool already, with tokenizer {index.tokenizer['name']} (SHA-256 "
+            f"{index.tokenizer['fingerprint']}), not {tokenizer.name} ({tokenizer.fingerprint}); choose "
+            "another --output"
+        )
     return IndexReport(index.num_shards, index.num_samples, index.num_tokens, [], [], [], built=False)
 
 

@@ -69,8 +69,9 @@ def generation_path(selection_dir: Path | str, number: int) -> Path:
     return Path(selection_dir) / generation_name(number)
 
 
-def write_generation(selection_dir: Path | str, number: int, pool_index: PoolIndex, rows: np.ndarray | None,
-                     provenance: dict[str, Any]) -> Path:
+def write_generation(
+    selection_dir: Path | str, number: int, pool_index: PoolIndex, rows: np.ndarray | None, provenance: dict[str, Any]
+) -> Path:
     """Write a generation; its directory is complete or absent. One process calls this.
 
     Writing the same generation again is allowed and changes nothing, so that a killed caller can start over.
@@ -99,16 +100,25 @@ def write_generation(selection_dir: Path | str, number: int, pool_index: PoolInd
         assert int(mask.sum()) == rows.size, "a row is selected twice"
     bits = _pack(mask, pool_index)
     facts: dict[str, Any] = {
-        "format": _FORMAT, "version": _VERSION, "number": number, "pool_fingerprint": pool_index.fingerprint,
-        "num_samples": int(mask.sum()), "num_tokens": int(pool_index.lengths[mask].sum(dtype=np.int64)),
-        "rows_sha256": sha256_bytes(bits), "shards": _shard_counts(mask, pool_index), "provenance": provenance}
+        "format": _FORMAT,
+        "version": _VERSION,
+        "number": number,
+        "pool_fingerprint": pool_index.fingerprint,
+        "num_samples": int(mask.sum()),
+        "num_tokens": int(pool_index.lengths[mask].sum(dtype=np.int64)),
+        "rows_sha256": sha256_bytes(bits),
+        "shards": _shard_counts(mask, pool_index),
+        "provenance": provenance,
+    }
     facts["digest"] = sha256_json(facts)
     path = generation_path(selection_dir, number)
     if path.exists():
         present = load_generation(selection_dir, number, pool_index)
         if present.digest != facts["digest"]:
-            raise UserError(f"{path} exists with other content (digest {present.digest}, not {facts['digest']}); a "
-                            "generation is never changed: use the next number")
+            raise UserError(
+                f"{path} exists with other content (digest {present.digest}, not {facts['digest']}); a "
+                "generation is never changed: use the next number"
+            )
         return path
     with atomic_directory(path) as partial:
         write_bytes(partial / _ROWS_FILE, bits)
@@ -125,19 +135,28 @@ def load_generation(selection_dir: Path | str, number: int, pool_index: PoolInde
     path = generation_path(selection_dir, number)
     facts = _read_facts(path, number)
     if facts["pool_fingerprint"] != pool_index.fingerprint:
-        raise UserError(f"{path} was made for another pool: its fingerprint is {facts['pool_fingerprint']}, that of "
-                        f"{pool_index.directory} is {pool_index.fingerprint}")
+        raise UserError(
+            f"{path} was made for another pool: its fingerprint is {facts['pool_fingerprint']}, that of "
+            f"{pool_index.directory} is {pool_index.fingerprint}"
+        )
     rows_path = path / _ROWS_FILE
     bits = rows_path.read_bytes() if rows_path.is_file() else b""
     if sha256_bytes(bits) != facts["rows_sha256"]:
-        raise UserError(f"{rows_path} is damaged: SHA-256 {sha256_bytes(bits)}, {_FACTS_FILE} says "
-                        f"{facts['rows_sha256']}")
+        raise UserError(f"{rows_path} is damaged: SHA-256 {sha256_bytes(bits)}, {_FACTS_FILE} says {facts['rows_sha256']}")
     mask = _unpack(bits, pool_index)
     if int(mask.sum()) != facts["num_samples"] or _shard_counts(mask, pool_index) != facts["shards"]:
-        raise UserError(f"{path} is damaged: {_ROWS_FILE} selects {int(mask.sum())} samples, {_FACTS_FILE} says "
-                        f"{facts['num_samples']}, or the counts of a shard differ")
-    return Generation(number=number, mask=mask, num_samples=facts["num_samples"], num_tokens=facts["num_tokens"],
-                      digest=facts["digest"], provenance=facts["provenance"])
+        raise UserError(
+            f"{path} is damaged: {_ROWS_FILE} selects {int(mask.sum())} samples, {_FACTS_FILE} says "
+            f"{facts['num_samples']}, or the counts of a shard differ"
+        )
+    return Generation(
+        number=number,
+        mask=mask,
+        num_samples=facts["num_samples"],
+        num_tokens=facts["num_tokens"],
+        digest=facts["digest"],
+        provenance=facts["provenance"],
+    )
 
 
 def publish(selection_dir: Path | str, number: int) -> None:
@@ -204,8 +223,9 @@ def _unpack(bits: bytes, pool_index: PoolIndex) -> np.ndarray:
     content = np.frombuffer(bits, dtype=np.uint8)
     stops = np.cumsum((pool_index.rows_per_shard + 7) // 8)
     parts = np.split(content, stops[:-1])
-    return np.concatenate([np.unpackbits(part, count=int(rows)).view(bool)
-                           for part, rows in zip(parts, pool_index.rows_per_shard, strict=True)])
+    return np.concatenate(
+        [np.unpackbits(part, count=int(rows)).view(bool) for part, rows in zip(parts, pool_index.rows_per_shard, strict=True)]
+    )
 
 
 def _shard_counts(mask: np.ndarray, pool_index: PoolIndex) -> list[list[Any]]:
@@ -213,5 +233,7 @@ def _shard_counts(mask: np.ndarray, pool_index: PoolIndex) -> list[list[Any]]:
     starts = pool_index.first_row[:-1]
     selected = np.add.reduceat(mask, starts, dtype=np.int64)
     tokens = np.add.reduceat(np.where(mask, pool_index.lengths, 0), starts, dtype=np.int64)
-    return [[name, int(rows), int(count), int(total)] for name, rows, count, total in
-            zip(pool_index.shard_names, pool_index.rows_per_shard, selected, tokens, strict=True)]
+    return [
+        [name, int(rows), int(count), int(total)]
+        for name, rows, count, total in zip(pool_index.shard_names, pool_index.rows_per_shard, selected, tokens, strict=True)
+    ]

@@ -64,8 +64,13 @@ class ShardRecord:
     def facts(self) -> dict[str, Any]:
         """The shard's entry in ``pool.json``."""
         num_tokens = int(self.lengths.sum(dtype=np.int64))
-        return {"name": self.name, "num_samples": len(self.lengths), "num_tokens": num_tokens,
-                "num_bytes": self.num_bytes, "sha256": self.sha256}
+        return {
+            "name": self.name,
+            "num_samples": len(self.lengths),
+            "num_tokens": num_tokens,
+            "num_bytes": self.num_bytes,
+            "sha256": self.sha256,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,23 +111,29 @@ def write_index(directory: Path | str, facts: PoolFacts, shards: Sequence[ShardR
     names = [shard.name for shard in shards]
     assert names == sorted(set(names)), "shards must be sorted by name, each once"
     assert all(len(shard.lengths) for shard in shards), "a shard is empty"
-    columns = {name: np.concatenate([getattr(shard, name) for shard in shards])
-               for name in ("offsets", "member_bytes", "lengths")}
+    columns = {name: np.concatenate([getattr(shard, name) for shard in shards]) for name in ("offsets", "member_bytes", "lengths")}
     columns["kind_of"] = kind_of
     with atomic_file(directory / INDEX_FILE) as file:
         for dtype, name in _SECTIONS:
             assert len(columns[name]) == len(columns["lengths"]), name
             file.write(np.ascontiguousarray(columns[name], dtype=dtype).data)
-    write_json(directory / POOL_FILE, {
-        "format": FORMAT, "version": VERSION, **dataclasses.asdict(facts),
-        "num_samples": len(columns["lengths"]), "num_tokens": int(columns["lengths"].sum(dtype=np.int64)),
-        "index_sha256": sha256_file(directory / INDEX_FILE), "shards": [shard.facts for shard in shards]})
+    write_json(
+        directory / POOL_FILE,
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            **dataclasses.asdict(facts),
+            "num_samples": len(columns["lengths"]),
+            "num_tokens": int(columns["lengths"].sum(dtype=np.int64)),
+            "index_sha256": sha256_file(directory / INDEX_FILE),
+            "shards": [shard.facts for shard in shards],
+        },
+    )
 
 
 def write_manifest(directory: Path | str, shards: Sequence[ShardRecord]) -> None:
     """Write DCLM's ``manifest.jsonl``, with a final newline: open_lm drops the last shard of one that has none."""
-    lines = [json.dumps({"num_sequences": len(shard.lengths), "shard": shard.name}, separators=(",", ":")) + "\n"
-             for shard in shards]
+    lines = [json.dumps({"num_sequences": len(shard.lengths), "shard": shard.name}, separators=(",", ":")) + "\n" for shard in shards]
     write_text(Path(directory) / MANIFEST_FILE, "".join(lines))
 
 
@@ -220,13 +231,15 @@ class PoolIndex:
             IndexError: a row is not in the shard.
         """
         if shard_name not in self._shard_number:
-            raise UserError(f"pool {self.directory} has no shard {shard_name!r}; it has {self.shard_names[0]!r} to "
-                            f"{self.shard_names[-1]!r}")
+            raise UserError(
+                f"pool {self.directory} has no shard {shard_name!r}; it has {self.shard_names[0]!r} to {self.shard_names[-1]!r}"
+            )
         number = self._shard_number[shard_name]
         rows = np.asarray(rows_in_shard, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self.rows_per_shard[number]):
-            raise IndexError(f"rows {rows.min()} to {rows.max()} are not all in shard {shard_name}, which has "
-                             f"{self.rows_per_shard[number]}")
+            raise IndexError(
+                f"rows {rows.min()} to {rows.max()} are not all in shard {shard_name}, which has {self.rows_per_shard[number]}"
+            )
         return rows + self.first_row[number]
 
     def _verify(self) -> None:
@@ -236,15 +249,19 @@ class PoolIndex:
                 raise UserError(f"pool {self.directory}: shard {path} is missing; restore it or make the pool again")
             size = path.stat().st_size
             if size != shard["num_bytes"]:
-                raise UserError(f"pool {self.directory}: shard {path} has {size} bytes, the index says "
-                                f"{shard['num_bytes']}; restore it or make the pool again")
+                raise UserError(
+                    f"pool {self.directory}: shard {path} has {size} bytes, the index says "
+                    f"{shard['num_bytes']}; restore it or make the pool again"
+                )
         digests = {INDEX_FILE: self.facts["index_sha256"], TOKENIZER_FILE: self.tokenizer["fingerprint"]}
         for name, expected in digests.items():
             path = self.directory / name
             found = sha256_file(path) if path.is_file() else "missing"
             if found != expected:
-                raise UserError(f"pool {self.directory}: {name} is not the one the pool was made with (SHA-256 "
-                                f"{found}, {POOL_FILE} says {expected}); restore it or make the pool again")
+                raise UserError(
+                    f"pool {self.directory}: {name} is not the one the pool was made with (SHA-256 "
+                    f"{found}, {POOL_FILE} says {expected}); restore it or make the pool again"
+                )
 
 
 def _read_facts(directory: Path) -> dict[str, Any]:
@@ -252,8 +269,10 @@ def _read_facts(directory: Path) -> dict[str, Any]:
         raise UserError(f"there is no pool at {directory}: no such directory; make one with tools/preprocess_dclm.py")
     path = directory / POOL_FILE
     if not path.is_file():
-        raise UserError(f"{directory} is not a pool: it has no {POOL_FILE}; make a pool with tools/preprocess_dclm.py, "
-                        "or index existing token shards with tools/index_pool.py")
+        raise UserError(
+            f"{directory} is not a pool: it has no {POOL_FILE}; make a pool with tools/preprocess_dclm.py, "
+            "or index existing token shards with tools/index_pool.py"
+        )
     try:
         facts = read_json(path)
     except ValueError as error:
@@ -261,10 +280,8 @@ def _read_facts(directory: Path) -> dict[str, Any]:
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise UserError(f"{path} is not the description of a pool: its format is not {FORMAT!r}")
     if facts.get("version") != VERSION:
-        raise UserError(f"{path} has version {facts.get('version')!r}, this package reads {VERSION}; make the pool "
-                        "again")
-    missing = {"num_samples", "num_tokens", "shards", "index_sha256",
-               *(field.name for field in dataclasses.fields(PoolFacts))} - set(facts)
+        raise UserError(f"{path} has version {facts.get('version')!r}, this package reads {VERSION}; make the pool again")
+    missing = {"num_samples", "num_tokens", "shards", "index_sha256", *(field.name for field in dataclasses.fields(PoolFacts))} - set(facts)
     if missing:
         raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}; make the pool again")
     if facts["num_samples"] == 0:
@@ -276,8 +293,9 @@ def _map_columns(directory: Path, facts: dict[str, Any]) -> dict[str, np.ndarray
     path, num_samples = directory / INDEX_FILE, facts["num_samples"]
     size, expected = path.stat().st_size if path.is_file() else 0, num_samples * _BYTES_PER_SAMPLE
     if size != expected or num_samples != sum(shard["num_samples"] for shard in facts["shards"]):
-        raise UserError(f"pool {directory}: {INDEX_FILE} has {size} bytes, {num_samples} samples need {expected}; "
-                        "restore it or make the pool again")
+        raise UserError(
+            f"pool {directory}: {INDEX_FILE} has {size} bytes, {num_samples} samples need {expected}; restore it or make the pool again"
+        )
     content = np.memmap(path, dtype=np.uint8, mode="r")
     columns, offset = {}, 0
     for dtype, name in _SECTIONS:

@@ -48,22 +48,30 @@ def validate_entries(entries: Sequence[LogEntry]) -> None:
     digests: dict[int, str] = {}
     for number, entry in enumerate(entries):
         if digests.setdefault(entry.generation, entry.digest) != entry.digest:
-            raise UserError(f"generation log, entry {number}: generation {entry.generation} has digest {entry.digest}, "
-                            f"an earlier entry says {digests[entry.generation]}")
+            raise UserError(
+                f"generation log, entry {number}: generation {entry.generation} has digest {entry.digest}, "
+                f"an earlier entry says {digests[entry.generation]}"
+            )
         if number == 0:
             if entry.effective_sample != 0 or entry.epoch != 0:
-                raise UserError(f"generation log: the first entry must be in force from sample 0 in epoch 0, it says "
-                                f"sample {entry.effective_sample} in epoch {entry.epoch}")
+                raise UserError(
+                    f"generation log: the first entry must be in force from sample 0 in epoch 0, it says "
+                    f"sample {entry.effective_sample} in epoch {entry.epoch}"
+                )
             continue
         before = entries[number - 1]
         if entry.effective_sample < before.effective_sample:
-            raise UserError(f"generation log, entry {number}: effective_sample {entry.effective_sample} is below the "
-                            f"one before it, {before.effective_sample}")
+            raise UserError(
+                f"generation log, entry {number}: effective_sample {entry.effective_sample} is below the "
+                f"one before it, {before.effective_sample}"
+            )
         if entry.epoch not in (before.epoch, before.epoch + 1):
             raise UserError(f"generation log, entry {number}: epoch {entry.epoch} does not follow {before.epoch}")
         if entry.epoch != before.epoch and entry.generation != before.generation:
-            raise UserError(f"generation log, entry {number}: epoch {entry.epoch} begins with generation "
-                            f"{entry.generation}, but the samples that ran out were those of {before.generation}")
+            raise UserError(
+                f"generation log, entry {number}: epoch {entry.epoch} begins with generation "
+                f"{entry.generation}, but the samples that ran out were those of {before.generation}"
+            )
 
 
 def _parse(path: Path, number: int, record: Any) -> LogEntry:
@@ -72,8 +80,10 @@ def _parse(path: Path, number: int, record: Any) -> LogEntry:
         raise UserError(f"{path}, line {number}: expected an object with {', '.join(sorted(fields))}, found {record!r}")
     integers = (record["generation"], record["effective_sample"], record["epoch"])
     if any(type(value) is not int or value < 0 for value in integers) or not isinstance(record["digest"], str):
-        raise UserError(f"{path}, line {number}: generation, effective_sample and epoch must be whole numbers from 0 "
-                        f"on and digest a string, found {record!r}")
+        raise UserError(
+            f"{path}, line {number}: generation, effective_sample and epoch must be whole numbers from 0 "
+            f"on and digest a string, found {record!r}"
+        )
     return LogEntry(**record)
 
 

@@ -146,8 +146,7 @@ class SampleOrder:
         UserError: the entries contradict each other, or leave samples that nothing serves.
     """
 
-    def __init__(self, num_pool_samples: int, seed: int, entries: Sequence[LogEntry],
-                 masks: Mapping[int, np.ndarray]) -> None:
+    def __init__(self, num_pool_samples: int, seed: int, entries: Sequence[LogEntry], masks: Mapping[int, np.ndarray]) -> None:
         if not entries:
             raise UserError("the generation log has no entry, so no generation says which samples to train on")
         self.num_pool_samples = num_pool_samples
@@ -194,9 +193,11 @@ class SampleOrder:
         if first_sample < 0 or count < 0:
             raise IndexError(f"no global samples from {first_sample}, count {count}")
         if stop > self.exhausted_at():
-            raise IndexError(f"global samples {first_sample} to {stop - 1} asked for, but generation "
-                             f"{self._segments[-1].entry.generation} runs out at {self.exhausted_at()}: "
-                             "an epoch entry must be committed first")
+            raise IndexError(
+                f"global samples {first_sample} to {stop - 1} asked for, but generation "
+                f"{self._segments[-1].entry.generation} runs out at {self.exhausted_at()}: "
+                "an epoch entry must be committed first"
+            )
         rows = np.empty(count, dtype=np.int64)
         generations = np.empty(count, dtype=np.int64)
         sample = first_sample
@@ -256,9 +257,11 @@ class SampleOrder:
     def _append(self, entry: LogEntry, mask: np.ndarray) -> None:
         """Close the last segment at the entry's effective sample and open the entry's own."""
         if mask.dtype != bool or mask.shape != (self.num_pool_samples,) or not mask.any():
-            raise UserError(f"generation {entry.generation} must select at least one of the pool's "
-                            f"{self.num_pool_samples} samples; its mask is {mask.dtype}{list(mask.shape)} with "
-                            f"{int(mask.sum())} selected")
+            raise UserError(
+                f"generation {entry.generation} must select at least one of the pool's "
+                f"{self.num_pool_samples} samples; its mask is {mask.dtype}{list(mask.shape)} with "
+                f"{int(mask.sum())} selected"
+            )
         selected = np.packbits(mask)
         consumed = np.zeros_like(selected)
         window, eligible = 0, selected
@@ -272,28 +275,38 @@ class SampleOrder:
                 eligible = self._served_by(entry.generation, window)
         if not eligible.any():
             window, eligible, consumed = window + 1, selected, np.zeros_like(selected)
-        self._segments.append(_Segment(
-            entry=entry, key=derive_key("sample order", self.seed, entry.generation, entry.epoch),
-            size=int(self._unpack(eligible).sum()), eligible=eligible, consumed_before=consumed, window=window))
+        self._segments.append(
+            _Segment(
+                entry=entry,
+                key=derive_key("sample order", self.seed, entry.generation, entry.epoch),
+                size=int(self._unpack(eligible).sum()),
+                eligible=eligible,
+                consumed_before=consumed,
+                window=window,
+            )
+        )
 
     def _close_last(self, entry: LogEntry) -> tuple[np.ndarray, int]:
         """End the last segment where ``entry`` begins; (packed consumed rows, window)."""
         number, last = len(self._segments) - 1, self._segments[-1]
         if entry.effective_sample > self.exhausted_at():
-            raise UserError(f"generation log: generation {last.entry.generation} runs out at sample "
-                            f"{self.exhausted_at()}, but the next entry begins at {entry.effective_sample}")
+            raise UserError(
+                f"generation log: generation {last.entry.generation} runs out at sample "
+                f"{self.exhausted_at()}, but the next entry begins at {entry.effective_sample}"
+            )
         if entry.epoch != last.entry.epoch and entry.effective_sample != self.exhausted_at():
-            raise UserError(f"generation log: epoch {entry.epoch} begins at sample {entry.effective_sample}, but "
-                            f"generation {last.entry.generation} runs out at {self.exhausted_at()}; the log belongs "
-                            "to another pool, seed or selection")
+            raise UserError(
+                f"generation log: epoch {entry.epoch} begins at sample {entry.effective_sample}, but "
+                f"generation {last.entry.generation} runs out at {self.exhausted_at()}; the log belongs "
+                "to another pool, seed or selection"
+            )
         served = self._served(number, entry.effective_sample - last.entry.effective_sample)
         self._segments[number] = dataclasses.replace(last, served=served)
         return last.consumed_before | served, last.window
 
     def _served_by(self, generation: int, window: int) -> np.ndarray:
         """Packed bits of the rows that ``generation`` has served in ``window``."""
-        served = [segment.served for segment in self._segments
-                  if segment.window == window and segment.entry.generation == generation]
+        served = [segment.served for segment in self._segments if segment.window == window and segment.entry.generation == generation]
         return np.bitwise_or.reduce(served)
 
 

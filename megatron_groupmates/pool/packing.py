@@ -39,8 +39,15 @@ def one_per_document(tokens: np.ndarray, lengths: np.ndarray, first_document: in
         first_document: number of the first; the others follow.
     """
     documents = first_document + np.arange(len(lengths))
-    return SampleBlock(tokens, lengths.astype(np.int32), documents, np.ones(len(lengths), dtype=np.int64), documents,
-                       np.zeros(len(lengths), dtype=np.int64), lengths)
+    return SampleBlock(
+        tokens,
+        lengths.astype(np.int32),
+        documents,
+        np.ones(len(lengths), dtype=np.int64),
+        documents,
+        np.zeros(len(lengths), dtype=np.int64),
+        lengths,
+    )
 
 
 class Packer:
@@ -88,8 +95,11 @@ class Packer:
         largest_first = np.lexsort((-part_num_tokens[:full], context[:full]))
         _, first_of_context = np.unique(context[:full], return_index=True)
         return SampleBlock(
-            tokens=tokens[:end], lengths=np.full(num_contexts, self._length, dtype=np.int32),
+            tokens=tokens[:end],
+            lengths=np.full(num_contexts, self._length, dtype=np.int32),
             main_document=part_document[:full][largest_first][first_of_context],
             parts_per_sample=np.bincount(context[:full], minlength=num_contexts).astype(np.int64),
-            part_document=part_document[:full], part_first_token=part_first_token[:full],
-            part_num_tokens=part_num_tokens[:full])
+            part_document=part_document[:full],
+            part_first_token=part_first_token[:full],
+            part_num_tokens=part_num_tokens[:full],
+        )

@@ -68,11 +68,12 @@ class PoolReader:
             if len(tokens) != index.lengths[row]:
                 raise ValueError(f"{index.lengths[row]} tokens expected, found {len(tokens)}")
             if tokens.min() < 0 or tokens.max() >= index.vocab_size:
-                raise ValueError(f"token ids from {tokens.min()} to {tokens.max()}, the vocabulary has "
-                                 f"{index.vocab_size}")
+                raise ValueError(f"token ids from {tokens.min()} to {tokens.max()}, the vocabulary has {index.vocab_size}")
         except (OSError, ValueError) as error:
-            raise UserError(f"{index.shard_path(shard)}, row {row - index.first_row[shard]}: cannot read the sample: "
-                            f"{error}; restore the shard or make the pool again") from error
+            raise UserError(
+                f"{index.shard_path(shard)}, row {row - index.first_row[shard]}: cannot read the sample: "
+                f"{error}; restore the shard or make the pool again"
+            ) from error
         return tokens
 
     def read_many(self, rows: Sequence[int] | np.ndarray) -> list[np.ndarray]:

@@ -90,8 +90,12 @@ def find_inputs(inputs: Iterable[str | Path]) -> list[tuple[str, Path]]:
     found: set[Path] = set()
     for item in map(str, inputs):
         matches = [Path(item)] if os.path.exists(item) else [Path(match) for match in glob.glob(item, recursive=True)]
-        files = [file for match in matches for file in (match.rglob("*") if match.is_dir() else [match])
-                 if file.is_file() and (file.name.endswith(SUFFIXES) or file in matches)]
+        files = [
+            file
+            for match in matches
+            for file in (match.rglob("*") if match.is_dir() else [match])
+            if file.is_file() and (file.name.endswith(SUFFIXES) or file in matches)
+        ]
         if not files:
             raise UserError(f"input {item!r} matches no file ({', '.join(SUFFIXES)}); check the path")
         found.update(file.resolve() for file in files)

@@ -53,8 +53,9 @@ class PoolTokenizer:
         self.token_dtype = token_dtype(self.vocab_size)
         eot_id = self._tokenizer.token_to_id(eot or DEFAULT_EOT)
         if eot_id is None:
-            raise UserError(f"tokenizer {name} has no token {eot or DEFAULT_EOT!r} to put after each document; name "
-                            "its end-of-text token with --eot")
+            raise UserError(
+                f"tokenizer {name} has no token {eot or DEFAULT_EOT!r} to put after each document; name its end-of-text token with --eot"
+            )
         self.eot_id: int = eot_id
         self.is_control = np.zeros(self.vocab_size, dtype=bool)
         model = json.loads(self._tokenizer.to_str())["model"]
@@ -98,11 +99,14 @@ class PoolTokenizer:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise UserError(f"cannot load tokenizer {source!r}: it is neither a {TOKENIZER_FILE}, nor a directory with "
-                            f"one, nor a Hugging Face name that can be reached from here ({error})") from error
+            raise UserError(
+                f"cannot load tokenizer {source!r}: it is neither a {TOKENIZER_FILE}, nor a directory with "
+                f"one, nor a Hugging Face name that can be reached from here ({error})"
+            ) from error
         if not tokenizer.is_fast:
-            raise UserError(f"tokenizer {source!r} has no fast implementation, hence no {TOKENIZER_FILE}; convert it "
-                            "with transformers first")
+            raise UserError(
+                f"tokenizer {source!r} has no fast implementation, hence no {TOKENIZER_FILE}; convert it with transformers first"
+            )
         return cls(tokenizer.backend_tokenizer.to_str().encode(), source, eot or tokenizer.eos_token)
 
     def __reduce__(self) -> tuple[Any, ...]:

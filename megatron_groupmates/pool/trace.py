@@ -30,6 +30,9 @@ def trace(index: PoolIndex, order: SampleOrder, start: int, stop: int) -> Iterat
         shards, rows_in_shard = index.locate(rows)
         for offset, row in enumerate(rows):
             tokens = reader.read(int(row))
-            yield {"sample": first + offset, "generation": int(generations[offset]),
-                   "sources": [[index.shard_names[shards[offset]], int(rows_in_shard[offset]), 0, len(tokens)]],
-                   "tokens_sha256": hashlib.sha256(tokens.astype("<u4").tobytes()).hexdigest()}
+            yield {
+                "sample": first + offset,
+                "generation": int(generations[offset]),
+                "sources": [[index.shard_names[shards[offset]], int(rows_in_shard[offset]), 0, len(tokens)]],
+                "tokens_sha256": hashlib.sha256(tokens.astype("<u4").tobytes()).hexdigest(),
+            }

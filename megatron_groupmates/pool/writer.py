@@ -41,8 +41,7 @@ def _header(name: str, size: int) -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
-def write_shard(directory: Path | str, number: int, samples: Iterable[np.ndarray], dtype: str,
-                member_format: str = "raw") -> ShardRecord:
+def write_shard(directory: Path | str, number: int, samples: Iterable[np.ndarray], dtype: str, member_format: str = "raw") -> ShardRecord:
     """Write ``shard_<number>.tar`` into ``directory``; it is complete or absent.
 
     Members are ``{number:08}_{row:08}.bin`` (or ``.json.gz``), with GNU headers, mode 0644, time 0.
@@ -79,6 +78,11 @@ def write_shard(directory: Path | str, number: int, samples: Iterable[np.ndarray
             write(content + bytes(-len(content) % tarfile.BLOCKSIZE))
         end = position + 2 * tarfile.BLOCKSIZE
         write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
-    return ShardRecord(name=shard_name(number), offsets=np.array(offsets, dtype=np.uint64),
-                       member_bytes=np.array(member_bytes, dtype=np.uint32), lengths=np.array(lengths, dtype=np.int32),
-                       num_bytes=position, sha256=digest.hexdigest())
+    return ShardRecord(
+        name=shard_name(number),
+        offsets=np.array(offsets, dtype=np.uint64),
+        member_bytes=np.array(member_bytes, dtype=np.uint32),
+        lengths=np.array(lengths, dtype=np.int32),
+        num_bytes=position,
+        sha256=digest.hexdigest(),
+    )

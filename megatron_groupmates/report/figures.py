@@ -97,8 +97,9 @@ def token_ratio(run: Run, target: tuple[float, float] | None) -> dict[str, float
         return result
     tokens = reached - run.branch_tokens
     result |= {"tokens": tokens, "ratio": tokens / target[1]}
-    begun = [generation for generation in run.generations
-             if generation.provenance.get("checkpoint_step", 0) * run.tokens_per_step <= reached]
+    begun = [
+        generation for generation in run.generations if generation.provenance.get("checkpoint_step", 0) * run.tokens_per_step <= reached
+    ]
     flops = selection_cost(begun)["flops"]
     per_token = flops_per_token(run)
     if per_token is not None:
@@ -108,18 +109,33 @@ def token_ratio(run: Run, target: tuple[float, float] | None) -> dict[str, float
 
 def generation_figures(generation: Generation) -> dict[str, Any]:
     """What a report shows of one generation; absent parts are absent."""
-    shown = ("method", "recipe", "checkpoint_tag", "checkpoint_step", "seed", "stages", "selected_by_kind",
-             "influence_histogram", "overlap", "counts")
-    return {"generation": generation.number, "effective_tokens": generation.effective_tokens,
-            **{name: generation.provenance[name] for name in shown if name in generation.provenance},
-            "fit": fit_quality(generation.provenance.get("fit", {}))}
+    shown = (
+        "method",
+        "recipe",
+        "checkpoint_tag",
+        "checkpoint_step",
+        "seed",
+        "stages",
+        "selected_by_kind",
+        "influence_histogram",
+        "overlap",
+        "counts",
+    )
+    return {
+        "generation": generation.number,
+        "effective_tokens": generation.effective_tokens,
+        **{name: generation.provenance[name] for name in shown if name in generation.provenance},
+        "fit": fit_quality(generation.provenance.get("fit", {})),
+    }
 
 
 def fit_quality(fit: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     """``{"init" | "final": {model: {measure: value}}}`` on held-out rollouts, from the reports of a round's fits."""
-    return {name: {model: {measure: fit[name][model].get(measure) for measure in MEASURES}
-                   for model in MODELS if model in fit[name]}
-            for name in FITS if name in fit}
+    return {
+        name: {model: {measure: fit[name][model].get(measure) for measure in MEASURES} for model in MODELS if model in fit[name]}
+        for name in FITS
+        if name in fit
+    }
 
 
 def arm_figures(run: Run, target: tuple[float, float] | None) -> dict[str, Any]:
@@ -127,7 +143,11 @@ def arm_figures(run: Run, target: tuple[float, float] | None) -> dict[str, Any]:
     cost = selection_cost(run.generations)
     per_token = flops_per_token(run)
     return {
-        "arm": run.arm, "name": run.name, "seed": run.seed, "state": run.state, "branch_tokens": run.branch_tokens,
+        "arm": run.arm,
+        "name": run.name,
+        "seed": run.seed,
+        "state": run.state,
+        "branch_tokens": run.branch_tokens,
         "final_tokens": run.final[0] if run.final else None,
         "final_evaluation_loss": run.final[1] if run.final else None,
         "evaluations": [list(point) for point in run.evaluations],
@@ -180,8 +200,7 @@ def conclusions(runs: Sequence[Run]) -> list[str]:
     single = [arm for arm, losses in finals.items() if len(losses) == 1]
     if single:
         which = "per arm" if len(single) == len(finals) else f"of {', '.join(single)}"
-        sentences.append(f"With one seed {which}, chance is not measured: differences below {SEED_SPREAD} are not told "
-                         "apart.")
+        sentences.append(f"With one seed {which}, chance is not measured: differences below {SEED_SPREAD} are not told apart.")
     others = sorted((arm for arm in finals if arm != RANDOM), key=lambda arm: mean(finals[arm]))
     if RANDOM in finals:
         sentences += [compare(arm, finals[arm], RANDOM, finals[RANDOM]) for arm in others]
@@ -193,8 +212,7 @@ def conclusions(runs: Sequence[Run]) -> list[str]:
 
 def _ratio_sentences(runs: Sequence[Run]) -> list[str]:
     target = random_target(runs)
-    return [_ratio_sentence(run.label, token_ratio(run, target)) for run in runs
-            if target is not None and run.arm != RANDOM and run.final]
+    return [_ratio_sentence(run.label, token_ratio(run, target)) for run in runs if target is not None and run.arm != RANDOM and run.final]
 
 
 def _ratio_sentence(label: str, ratio: dict[str, float | None]) -> str:
@@ -209,24 +227,26 @@ def _ratio_sentence(label: str, ratio: dict[str, float | None]) -> str:
 def notes(runs: Sequence[Run]) -> list[str]:
     """What a reader must know about the data: unfinished runs, evaluations left out, fits that were refused."""
     lines = [f"{run.label}: training is not finished (state: {run.state})." for run in runs if run.state != "finished"]
-    lines += [f"{run.label}: {run.num_not_finite} evaluations are left out, their loss is not finite."
-              for run in runs if run.num_not_finite]
+    lines += [
+        f"{run.label}: {run.num_not_finite} evaluations are left out, their loss is not finite." for run in runs if run.num_not_finite
+    ]
     for run in runs:
         for generation in run.generations:
             fit = generation.provenance.get("fit", {})
-            lines += [f"{run.label}, generation {generation.number}: the {name} fit was refused, its sign was wrong."
-                      for name in FITS if not fit.get(name, {}).get("accepted", True)]
+            lines += [
+                f"{run.label}, generation {generation.number}: the {name} fit was refused, its sign was wrong."
+                for name in FITS
+                if not fit.get(name, {}).get("accepted", True)
+            ]
             if "fell_back_on" in fit:
-                lines.append(f"{run.label}, generation {generation.number}: selected with an earlier model, "
-                             f"{fit['fell_back_on']}.")
+                lines.append(f"{run.label}, generation {generation.number}: selected with an earlier model, {fit['fell_back_on']}.")
     return lines
 
 
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
     """The content of ``summary.json``: all figures of the report; numbers that are not finite become None."""
     target = random_target(runs)
-    return finite({"arms": {run.label: arm_figures(run, target) for run in runs}, "conclusions": conclusions(runs),
-                   "notes": notes(runs)})
+    return finite({"arms": {run.label: arm_figures(run, target) for run in runs}, "conclusions": conclusions(runs), "notes": notes(runs)})
 
 
 def finite(value: Any) -> Any:
@@ -241,5 +261,6 @@ def finite(value: Any) -> Any:
 def generations_with(summary: dict[str, Any], part: str) -> list[tuple[str, dict[str, Any]]]:
     """(run label, generation) for every generation of every arm that has ``part``."""
     pairs = itertools.chain.from_iterable(
-        ((label, generation) for generation in arm["generations"]) for label, arm in summary["arms"].items())
+        ((label, generation) for generation in arm["generations"]) for label, arm in summary["arms"].items()
+    )
     return [(label, generation) for label, generation in pairs if generation.get(part)]

@@ -66,6 +66,7 @@ def count(value: float | None) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
     """An HTML table; its first ``text_columns`` columns are text, the others are numbers. Cells are escaped."""
+
     def line(cells: Sequence[str], tag: str) -> str:
         tags = [f'<{tag} class="text">' if column < text_columns else f"<{tag}>" for column in range(len(cells))]
         return "".join(f"{start}{html.escape(cell)}</{tag}>" for start, cell in zip(tags, cells, strict=True))
@@ -96,21 +97,31 @@ def evaluation_section(summary: dict[str, Any]) -> str:
     rows = []
     for label, arm in summary["arms"].items():
         reached = arm["to_random_final_loss"]
-        rows.append([label, number(arm["final_evaluation_loss"]), count(arm["final_tokens"]),
-                     count(arm["selection"]["flops"]), count(arm["selection"]["equivalent_tokens"]),
-                     "not reached" if reached["tokens"] is None else count(reached["tokens"]),
-                     number(reached["ratio"], ".2f"), number(reached["ratio_with_selection"], ".2f")])
-    header = ["arm", "final loss", "tokens", "selection FLOPs", "as tokens", "tokens to random's loss", "ratio",
-              "with selection"]
-    explanation = ("Held-out documents that selection never sees. Tokens to random's loss: training tokens since the "
-                   "branch until the evaluation loss first reaches random's final one; ratio: as a share of random's; "
-                   "with selection: the FLOPs of the selection rounds begun by then are counted as training tokens of "
-                   "equal cost.")
+        rows.append(
+            [
+                label,
+                number(arm["final_evaluation_loss"]),
+                count(arm["final_tokens"]),
+                count(arm["selection"]["flops"]),
+                count(arm["selection"]["equivalent_tokens"]),
+                "not reached" if reached["tokens"] is None else count(reached["tokens"]),
+                number(reached["ratio"], ".2f"),
+                number(reached["ratio_with_selection"], ".2f"),
+            ]
+        )
+    header = ["arm", "final loss", "tokens", "selection FLOPs", "as tokens", "tokens to random's loss", "ratio", "with selection"]
+    explanation = (
+        "Held-out documents that selection never sees. Tokens to random's loss: training tokens since the "
+        "branch until the evaluation loss first reaches random's final one; ratio: as a share of random's; "
+        "with selection: the FLOPs of the selection rounds begun by then are counted as training tokens of "
+        "equal cost."
+    )
     return section(title, explanation, (drawn(summary, title, plots.evaluation_plot) or "") + table(header, rows))
 
 
-def plot_section(summary: dict[str, Any], title: str, explanation: str, absent: str,
-                 plot: Callable[[dict[str, Any]], Figure | None]) -> str:
+def plot_section(
+    summary: dict[str, Any], title: str, explanation: str, absent: str, plot: Callable[[dict[str, Any]], Figure | None]
+) -> str:
     """A section that is one plot."""
     figure = drawn(summary, title, plot)
     return section(title, explanation, figure) if figure else section(title, f"Left out: {absent}.", "")
@@ -119,13 +130,18 @@ def plot_section(summary: dict[str, Any], title: str, explanation: str, absent: 
 def fit_section(summary: dict[str, Any]) -> str:
     """How well the influence models predict held-out rollouts."""
     title = "Fit to the oracle"
-    rows = [[label, str(generation["generation"]), fit, model, *(number(metrics[measure]) for measure in MEASURES)]
-            for label, generation in generations_with(summary, "fit")
-            for fit, models in generation["fit"].items() for model, metrics in models.items()]
+    rows = [
+        [label, str(generation["generation"]), fit, model, *(number(metrics[measure]) for measure in MEASURES)]
+        for label, generation in generations_with(summary, "fit")
+        for fit, models in generation["fit"].items()
+        for model, metrics in models.items()
+    ]
     if not rows:
         return section(title, "Left out: no generation was made with an oracle.", "")
-    explanation = ("On held-out rollouts. init: fitted to random rollouts; final: to random and bootstrap rollouts. "
-                   "individual: without the relation term; constant: predicts the mean.")
+    explanation = (
+        "On held-out rollouts. init: fitted to random rollouts; final: to random and bootstrap rollouts. "
+        "individual: without the relation term; constant: predicts the mean."
+    )
     header = ["arm", "generation", "fit", "model", "Spearman", "Pearson", "MSE", "MAE"]
     return section(title, explanation, table(header, rows, text_columns=4))
 
@@ -136,10 +152,16 @@ def cost_section(summary: dict[str, Any]) -> str:
     figure = drawn(summary, title, plots.cost_plot)
     if figure is None:
         return section(title, "Left out: no run has recorded time or FLOPs yet.", "")
-    rows = [[label, stage, number(cost["seconds"], ",.1f"), count(cost["flops"])]
-            for label, arm in summary["arms"].items() for stage, cost in arm["stages"].items()]
-    return section(title, "Training since the branch, and each stage of selection over all rounds.",
-                   figure + table(["arm", "stage", "seconds", "FLOPs"], rows, text_columns=2))
+    rows = [
+        [label, stage, number(cost["seconds"], ",.1f"), count(cost["flops"])]
+        for label, arm in summary["arms"].items()
+        for stage, cost in arm["stages"].items()
+    ]
+    return section(
+        title,
+        "Training since the branch, and each stage of selection over all rounds.",
+        figure + table(["arm", "stage", "seconds", "FLOPs"], rows, text_columns=2),
+    )
 
 
 def lead_section(summary: dict[str, Any]) -> str:
@@ -155,21 +177,35 @@ def render_page(summary: dict[str, Any]) -> str:
     parts = [
         lead_section(summary),
         evaluation_section(summary),
-        plot_section(summary, "Selected share by kind of source",
-                     "Share of each kind's candidates that a generation selected; columns: arm and generation.",
-                     "no generation says which kinds it selected", plots.kinds_plot),
-        plot_section(summary, "Individual influence",
-                     "Predicted individual influence of the whole pool and of the selected samples; negative is good: "
-                     "the sample lowers the reference loss.",
-                     "no generation was made with an influence model", plots.influence_plot),
-        plot_section(summary, "Overlap of the selections",
-                     "Part of the row's selection that is also in the column's, from the same checkpoint and at the "
-                     "same budget.", "no generation compares the methods", plots.overlap_plot),
+        plot_section(
+            summary,
+            "Selected share by kind of source",
+            "Share of each kind's candidates that a generation selected; columns: arm and generation.",
+            "no generation says which kinds it selected",
+            plots.kinds_plot,
+        ),
+        plot_section(
+            summary,
+            "Individual influence",
+            "Predicted individual influence of the whole pool and of the selected samples; negative is good: "
+            "the sample lowers the reference loss.",
+            "no generation was made with an influence model",
+            plots.influence_plot,
+        ),
+        plot_section(
+            summary,
+            "Overlap of the selections",
+            "Part of the row's selection that is also in the column's, from the same checkpoint and at the same budget.",
+            "no generation compares the methods",
+            plots.overlap_plot,
+        ),
         fit_section(summary),
         cost_section(summary),
     ]
-    return (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>Group-level data selection: {arms}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
-            f'<h1>Group-level data selection</h1>\n<p class="soft">Arms: {arms}</p>\n{"".join(parts)}'
-            "</main>\n</body>\n</html>\n")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Group-level data selection: {arms}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
+        f'<h1>Group-level data selection</h1>\n<p class="soft">Arms: {arms}</p>\n{"".join(parts)}'
+        "</main>\n</body>\n</html>\n"
+    )

@@ -18,17 +18,32 @@ from matplotlib.ticker import EngFormatter
 from megatron_groupmates.report.figures import RANDOM, generations_with, overlap_matrix
 
 _INK = "#123456"  # stands for the page's text colour until the SVG is written
-_ARM_COLOURS = {"random": "#8c8c8c", "group": "#2f6fdb", "individual": "#e08a1e", "similarity": "#2a9d74",
-                "no selection": "#b07aa1"}
+_ARM_COLOURS = {"random": "#8c8c8c", "group": "#2f6fdb", "individual": "#e08a1e", "similarity": "#2a9d74", "no selection": "#b07aa1"}
 _COLOURS = ("#c8553d", "#7a5ccf", "#3ba7c9", "#b8a12f", "#d1619c", "#5f7d3b", "#8d6e63")
 _POOL_COLOUR, _SELECTED_COLOUR = "#9aa4b2", "#2f6fdb"
 _STYLE = {
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": _INK,
-    "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
-    "axes.spines.top": False, "axes.spines.right": False,
-    "axes.linewidth": 0.8, "axes.grid": True, "axes.axisbelow": True, "grid.color": _INK, "grid.alpha": 0.13,
-    "grid.linewidth": 0.7, "axes.titlesize": 10, "axes.titleweight": "bold", "legend.frameon": False,
-    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _INK,
+    "grid.alpha": 0.13,
+    "grid.linewidth": 0.7,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
 }
 
 
@@ -42,10 +57,11 @@ def style(name: str) -> Iterator[None]:
 def svg(figure: Figure, description: str) -> str:
     """A figure as an ``<svg>`` element: no declarations, metadata or addresses; ink in the page's text colour."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.05,
-                   metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    figure.savefig(
+        buffer, format="svg", bbox_inches="tight", pad_inches=0.05, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    )
     text = buffer.getvalue()
-    text = text[text.index("<svg"):].replace(_INK, "currentColor")
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"|font-family: [^;"]*;?', "", text)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
@@ -103,20 +119,30 @@ def adoptions(arm: dict[str, Any]) -> list[int]:
 def _curve(axes: Axes, tokens: np.ndarray, values: np.ndarray, marks: Sequence[float], colour: str, label: str) -> None:
     """One run's line with triangles at ``marks`` (tokens)."""
     axes.plot(tokens, values, color=colour, linewidth=1.8, label=label, zorder=3)
-    axes.plot(marks, np.interp(marks, tokens, values), "v", color=colour, markersize=8, markeredgecolor="white",
-              markeredgewidth=0.8, zorder=4)
+    axes.plot(
+        marks, np.interp(marks, tokens, values), "v", color=colour, markersize=8, markeredgecolor="white", markeredgewidth=0.8, zorder=4
+    )
 
 
 def _heat_map(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:
     """Percentages (0 to 1, NaN for none) on a blue scale, each printed in its cell."""
     largest = max(float(np.nanmax(values)), 1e-9)
-    axes.pcolormesh(np.arange(len(columns) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5, np.ma.masked_invalid(values),
-                    cmap="Blues", vmin=0, vmax=1.25 * largest, edgecolors="face", linewidth=0.3)
+    axes.pcolormesh(
+        np.arange(len(columns) + 1) - 0.5,
+        np.arange(len(rows) + 1) - 0.5,
+        np.ma.masked_invalid(values),
+        cmap="Blues",
+        vmin=0,
+        vmax=1.25 * largest,
+        edgecolors="face",
+        linewidth=0.3,
+    )
     axes.invert_yaxis()
     for (row, column), value in np.ndenumerate(values):
         if math.isfinite(value):
-            axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=8.5,
-                      color="white" if value > 0.75 * largest else "#1c2733")
+            axes.text(
+                column, row, f"{value:.0%}", ha="center", va="center", fontsize=8.5, color="white" if value > 0.75 * largest else "#1c2733"
+            )
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.grid(visible=False)
@@ -129,9 +155,10 @@ def kinds_plot(summary: dict[str, Any]) -> Figure | None:
     found = generations_with(summary, "selected_by_kind")
     if not found:
         return None
-    tables = [{kind: counts["selected"] / counts["candidates"]
-               for kind, counts in generation["selected_by_kind"].items() if counts["candidates"]}
-              for _, generation in found]
+    tables = [
+        {kind: counts["selected"] / counts["candidates"] for kind, counts in generation["selected_by_kind"].items() if counts["candidates"]}
+        for _, generation in found
+    ]
     kinds = sorted({kind for table in tables for kind in table}, key=lambda kind: (-tables[-1].get(kind, -1.0), kind))
     values = np.array([[table.get(kind, math.nan) for table in tables] for kind in kinds])
     columns = [f"{label}\n{generation['generation']}" for label, generation in found]
@@ -151,7 +178,7 @@ def influence_plot(summary: dict[str, Any]) -> Figure | None:
     rows = math.ceil(len(found) / columns)
     figure = Figure(figsize=(3.1 * columns, 2.4 * rows), layout="constrained")
     panels = np.atleast_1d(figure.subplots(rows, columns)).ravel()
-    for axes in panels[len(found):]:
+    for axes in panels[len(found) :]:
         axes.remove()
     for number, (axes, (label, generation)) in enumerate(zip(panels, found, strict=False)):
         histogram = generation["influence_histogram"]

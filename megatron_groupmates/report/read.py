@@ -118,13 +118,20 @@ def read_run(directory: Path) -> Run:
     evaluations = {row["consumed_tokens"]: row["evaluation_loss"] for row in rows if "evaluation_loss" in row}
     finite = {tokens: loss for tokens, loss in sorted(evaluations.items()) if math.isfinite(loss)}
     return Run(
-        label=name, name=name, arm=_arm(config), seed=_get(config, "run.seed", None),
-        state=training.get("state", "unknown"), seconds=training.get("seconds", 0.0), flops=training.get("flops", 0.0),
+        label=name,
+        name=name,
+        arm=_arm(config),
+        seed=_get(config, "run.seed", None),
+        state=training.get("state", "unknown"),
+        seconds=training.get("seconds", 0.0),
+        flops=training.get("flops", 0.0),
         consumed_tokens=max([training.get("consumed_tokens", 0), *(row.get("consumed_tokens", 0) for row in rows)]),
         branch_tokens=training.get("branch_tokens", 0),
         tokens_per_step=sequence_length * _get(config, "training.global_batch_size", 0),
-        evaluations=tuple(finite.items()), num_not_finite=len(evaluations) - len(finite),
-        generations=_read_generations(paths, sequence_length))
+        evaluations=tuple(finite.items()),
+        num_not_finite=len(evaluations) - len(finite),
+        generations=_read_generations(paths, sequence_length),
+    )
 
 
 def _arm(config: dict[str, Any]) -> str:
@@ -148,8 +155,9 @@ def _read_generations(paths: RunPaths, sequence_length: int) -> tuple[Generation
         for path in sorted(paths.selection.glob("generation-*/generation.json")):
             number = int(path.parent.name.rpartition("-")[2])
             if number > 0:
-                generations.append(Generation(number=number, provenance=read_json(path).get("provenance", {}),
-                                              effective_tokens=adopted.get(number)))
+                generations.append(
+                    Generation(number=number, provenance=read_json(path).get("provenance", {}), effective_tokens=adopted.get(number))
+                )
     except (ValueError, KeyError) as error:
         raise UserError(f"{paths.selection} holds a damaged file: {error!r}; restore it from a copy") from error
     return tuple(sorted(generations, key=lambda generation: generation.number))

@@ -39,12 +39,13 @@ def similarity_order(embeddings: np.ndarray, reference_embeddings: np.ndarray) -
         reference_embeddings: float ``[m, d]`` of the same encoder.
     """
     if embeddings.shape[1] != reference_embeddings.shape[1] or not len(reference_embeddings):
-        raise UserError(f"embeddings have shape {list(embeddings.shape)} and reference embeddings "
-                        f"{list(reference_embeddings.shape)}; embed at least one reference example by the same encoder")
+        raise UserError(
+            f"embeddings have shape {list(embeddings.shape)} and reference embeddings "
+            f"{list(reference_embeddings.shape)}; embed at least one reference example by the same encoder"
+        )
     direction = _unit(reference_embeddings).mean(axis=0)
     # Row by row and in float64, so that equal samples tie whatever the number of rows.
-    similarity = [np.vecdot(_unit(embeddings[start:start + 65536]), direction)
-                  for start in range(0, len(embeddings), 65536)]
+    similarity = [np.vecdot(_unit(embeddings[start : start + 65536]), direction) for start in range(0, len(embeddings), 65536)]
     return np.argsort(-np.concatenate([np.empty(0), *similarity]), kind="stable")
 
 
@@ -55,12 +56,12 @@ def overlap(selections: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[st
     ``other``. Two empty selections overlap wholly.
     """
     rows = {name: np.unique(selected) for name, selected in selections.items()}
-    common = {one: {other: len(np.intersect1d(rows[one], rows[other], assume_unique=True)) for other in rows}
-              for one in rows}
+    common = {one: {other: len(np.intersect1d(rows[one], rows[other], assume_unique=True)) for other in rows} for one in rows}
     union = {one: {other: len(rows[one]) + len(rows[other]) - common[one][other] for other in rows} for one in rows}
     return {
         "jaccard": {one: {other: _ratio(common[one][other], union[one][other]) for other in rows} for one in rows},
-        "share": {one: {other: _ratio(common[one][other], len(rows[one])) for other in rows} for one in rows}}
+        "share": {one: {other: _ratio(common[one][other], len(rows[one])) for other in rows} for one in rows},
+    }
 
 
 def _ratio(part: int, whole: int) -> float:

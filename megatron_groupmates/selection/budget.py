@@ -28,13 +28,14 @@ def cluster_quotas(cluster_tokens: np.ndarray, budget_tokens: int) -> np.ndarray
     shares = [divmod(value * budget_tokens, total) for value in tokens]
     quotas = [whole for whole, _ in shares]
     by_remainder = sorted(range(len(tokens)), key=lambda cluster: (-shares[cluster][1], cluster))
-    for cluster in by_remainder[:budget_tokens - sum(quotas)]:
+    for cluster in by_remainder[: budget_tokens - sum(quotas)]:
         quotas[cluster] += 1
     return np.array(quotas, np.int64)
 
 
-def take_equal_shares(sequences: Iterable[Iterator[int]], lengths: np.ndarray, cluster_tokens: np.ndarray,
-                      budget_tokens: int) -> list[list[int]]:
+def take_equal_shares(
+    sequences: Iterable[Iterator[int]], lengths: np.ndarray, cluster_tokens: np.ndarray, budget_tokens: int
+) -> list[list[int]]:
     """Take from every cluster, in its own order, the same share of its tokens.
 
     Each cluster gives samples while they fit its quota. What all quotas together leave over is then offered to the
@@ -83,7 +84,7 @@ def take_in_order(order: np.ndarray, lengths: np.ndarray, budget_tokens: int) ->
     """
     check_budget(budget_tokens)
     tokens = np.cumsum(np.asarray(lengths)[order], dtype=np.int64)
-    return order[:np.searchsorted(tokens, budget_tokens, side="right")]
+    return order[: np.searchsorted(tokens, budget_tokens, side="right")]
 
 
 def check_budget(budget_tokens: int) -> None:

@@ -31,8 +31,9 @@ def default_num_clusters(num_samples: int) -> int:
     return max(1, round(num_samples / SAMPLES_PER_CLUSTER))
 
 
-def cluster(embeddings: np.ndarray, num_clusters: int | None = None, *, seed: int, num_iterations: int = 100,
-            train_samples_per_cluster: int = 256) -> Clustering:
+def cluster(
+    embeddings: np.ndarray, num_clusters: int | None = None, *, seed: int, num_iterations: int = 100, train_samples_per_cluster: int = 256
+) -> Clustering:
     """Spherical k-means, trained on a sample of the rows, then all rows assigned; deterministic for a seed on a CPU.
 
     Args:
@@ -55,9 +56,17 @@ def cluster(embeddings: np.ndarray, num_clusters: int | None = None, *, seed: in
     if wanted == 1:
         return Clustering(labels=np.zeros(num_samples, np.int32), centroids=_normalised(unit.mean(axis=0)[None]))
     faiss = _import_faiss()
-    kmeans = faiss.Kmeans(unit.shape[1], wanted, niter=num_iterations, spherical=True, seed=seed, verbose=False,
-                          min_points_per_centroid=1, max_points_per_centroid=train_samples_per_cluster,
-                          gpu=hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0)
+    kmeans = faiss.Kmeans(
+        unit.shape[1],
+        wanted,
+        niter=num_iterations,
+        spherical=True,
+        seed=seed,
+        verbose=False,
+        min_points_per_centroid=1,
+        max_points_per_centroid=train_samples_per_cluster,
+        gpu=hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0,
+    )
     kmeans.train(unit)
     _, nearest = kmeans.index.search(unit, 1)
     used, labels = np.unique(nearest[:, 0], return_inverse=True)

@@ -20,8 +20,7 @@ _LARGEST_VALUE = 1e90
 _TINY = 1e-300
 
 
-def greedy_select(embeddings: np.ndarray, individual: np.ndarray, num_select: int, alpha: float,
-                  tau: float) -> np.ndarray:
+def greedy_select(embeddings: np.ndarray, individual: np.ndarray, num_select: int, alpha: float, tau: float) -> np.ndarray:
     """Samples of one cluster in order of choice, under the product relation.
 
     First the sample with the lowest s; then, again and again, the one not yet taken with the lowest
@@ -43,12 +42,10 @@ def greedy_select(embeddings: np.ndarray, individual: np.ndarray, num_select: in
     return greedy_select_related(embeddings, individual, num_select, Relation(alpha=float(alpha), tau=float(tau)))
 
 
-def greedy_select_related(embeddings: np.ndarray, individual: np.ndarray, num_select: int,
-                          relation: Relation) -> np.ndarray:
+def greedy_select_related(embeddings: np.ndarray, individual: np.ndarray, num_select: int, relation: Relation) -> np.ndarray:
     """``greedy_select`` under any relation."""
     if not 0 <= num_select <= len(individual):
-        raise UserError(f"num_select is {num_select} but there are {len(individual)} samples; "
-                        "choose between 0 and that number")
+        raise UserError(f"num_select is {num_select} but there are {len(individual)} samples; choose between 0 and that number")
     sequence = greedy_sequence(embeddings, individual, relation)
     return np.fromiter((index for index, _ in itertools.islice(sequence, num_select)), np.int64, num_select)
 
@@ -67,19 +64,19 @@ def greedy_sequence(embeddings: np.ndarray, individual: np.ndarray, relation: Re
     """
     embeddings, individual = np.asarray(embeddings), np.asarray(individual, np.float64)
     if embeddings.ndim != 2 or individual.shape != embeddings.shape[:1]:
-        raise UserError(f"embeddings have shape {list(embeddings.shape)} and individual {list(individual.shape)}; "
-                        "give [n, d] with [n]")
+        raise UserError(f"embeddings have shape {list(embeddings.shape)} and individual {list(individual.shape)}; give [n, d] with [n]")
     # np.max, unlike max, lets a NaN through.
-    largest = np.max([float(extreme) for values in (individual, embeddings)
-                      for extreme in (values.max(initial=0), -values.min(initial=0))])
+    largest = np.max([float(extreme) for values in (individual, embeddings) for extreme in (values.max(initial=0), -values.min(initial=0))])
     if not largest < _LARGEST_VALUE:
-        raise UserError(f"an embedding or an individual influence is {largest}, not a number below {_LARGEST_VALUE:g}; "
-                        "embed and score the pool again")
+        raise UserError(
+            f"an embedding or an individual influence is {largest}, not a number below {_LARGEST_VALUE:g}; embed and score the pool again"
+        )
     return _Greedy(embeddings, individual, relation).run()
 
 
-def greedy_global(embeddings: np.ndarray, individual: np.ndarray, clusters: np.ndarray, lengths: np.ndarray,
-                  budget_tokens: int, relation: Relation) -> np.ndarray:
+def greedy_global(
+    embeddings: np.ndarray, individual: np.ndarray, clusters: np.ndarray, lengths: np.ndarray, budget_tokens: int, relation: Relation
+) -> np.ndarray:
     """Rows in order of choice where clusters compete for one budget by the score of their next sample.
 
     Each cluster offers its greedy sequence; the lowest offer is taken, ties go to the lower cluster, then the lower
@@ -96,8 +93,7 @@ def greedy_global(embeddings: np.ndarray, individual: np.ndarray, clusters: np.n
     Returns:
         int64 rows in order of choice.
     """
-    sequences = [(rows, greedy_sequence(embeddings[rows], individual[rows], relation))
-                 for rows in members_of_clusters(clusters)]
+    sequences = [(rows, greedy_sequence(embeddings[rows], individual[rows], relation)) for rows in members_of_clusters(clusters)]
     heap: list[tuple[float, int, int]] = []
 
     def offer(cluster: int) -> None:
@@ -212,8 +208,10 @@ class _Greedy:
         return int(rivals[chosen]), float(exact[chosen])
 
     def _exact_of(self, indices: np.ndarray, mean: np.ndarray) -> np.ndarray:
-        parts = [self._exact(self.embeddings[part].astype(np.float64), self.individual[part], mean)
-                 for part in np.split(indices, range(4096, len(indices), 4096))]
+        parts = [
+            self._exact(self.embeddings[part].astype(np.float64), self.individual[part], mean)
+            for part in np.split(indices, range(4096, len(indices), 4096))
+        ]
         return np.concatenate(parts)
 
     def _run_shortlist(self, num_left: int) -> Iterator[tuple[int, float]]:

@@ -51,10 +51,19 @@ class SelectionResult:
     report: dict[str, Any]
 
 
-def select_rows(method: str, *, lengths: np.ndarray, candidates: np.ndarray, budget_tokens: int, seed: int,
-                recipe: SelectionRecipe | None = None, embeddings: np.ndarray | None = None,
-                individual: np.ndarray | None = None, relation: Relation | None = None,
-                reference_embeddings: np.ndarray | None = None) -> SelectionResult:
+def select_rows(
+    method: str,
+    *,
+    lengths: np.ndarray,
+    candidates: np.ndarray,
+    budget_tokens: int,
+    seed: int,
+    recipe: SelectionRecipe | None = None,
+    embeddings: np.ndarray | None = None,
+    individual: np.ndarray | None = None,
+    relation: Relation | None = None,
+    reference_embeddings: np.ndarray | None = None,
+) -> SelectionResult:
     """Select candidates worth ``budget_tokens``, to within one sample; all of them where they hold no more.
 
     Args:
@@ -72,16 +81,16 @@ def select_rows(method: str, *, lengths: np.ndarray, candidates: np.ndarray, bud
     Raises:
         UserError: an unknown method, no candidates, no budget, or input the method needs is missing.
     """
-    _check_input(method, {"embeddings": embeddings, "individual": individual, "relation": relation,
-                          "reference_embeddings": reference_embeddings})
+    _check_input(
+        method, {"embeddings": embeddings, "individual": individual, "relation": relation, "reference_embeddings": reference_embeddings}
+    )
     check_budget(budget_tokens)
     recipe, lengths = recipe or SelectionRecipe(), np.asarray(lengths, np.int64)
     rows = _candidate_rows(candidates, len(lengths))
     tokens = lengths[rows]
     details: dict[str, Any] = {}
     if method == "group":
-        chosen, details = _select_group(embeddings[rows], np.asarray(individual)[rows], tokens, budget_tokens, relation,
-                                        recipe, seed)
+        chosen, details = _select_group(embeddings[rows], np.asarray(individual)[rows], tokens, budget_tokens, relation, recipe, seed)
     elif method == "individual":
         order = individual_order(np.asarray(individual)[rows], recipe.gumbel_temperature, seed)
         chosen = take_in_order(order, tokens, budget_tokens)
@@ -89,14 +98,29 @@ def select_rows(method: str, *, lengths: np.ndarray, candidates: np.ndarray, bud
         chosen = take_in_order(similarity_order(embeddings[rows], reference_embeddings), tokens, budget_tokens)
     else:
         chosen = take_in_order(random_order(len(rows), seed), tokens, budget_tokens)
-    report = {"method": method, "seed": seed, "recipe": dataclasses.asdict(recipe), "budget_tokens": int(budget_tokens),
-              "candidates": len(rows), "candidate_tokens": int(tokens.sum()), "selected": len(chosen),
-              "selected_tokens": int(tokens[chosen].sum()), **details}
+    report = {
+        "method": method,
+        "seed": seed,
+        "recipe": dataclasses.asdict(recipe),
+        "budget_tokens": int(budget_tokens),
+        "candidates": len(rows),
+        "candidate_tokens": int(tokens.sum()),
+        "selected": len(chosen),
+        "selected_tokens": int(tokens[chosen].sum()),
+        **details,
+    }
     return SelectionResult(rows=np.sort(rows[chosen]), order=rows[chosen], report=report)
 
 
-def _select_group(embeddings: np.ndarray, individual: np.ndarray, lengths: np.ndarray, budget_tokens: int,
-                  relation: Relation, recipe: SelectionRecipe, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
+def _select_group(
+    embeddings: np.ndarray,
+    individual: np.ndarray,
+    lengths: np.ndarray,
+    budget_tokens: int,
+    relation: Relation,
+    recipe: SelectionRecipe,
+    seed: int,
+) -> tuple[np.ndarray, dict[str, Any]]:
     clusters = cluster(embeddings, recipe.num_clusters, seed=seed, num_iterations=recipe.kmeans_iterations).labels
     if recipe.share_per_cluster == "global":
         chosen = greedy_global(embeddings, individual, clusters, lengths, budget_tokens, relation)
@@ -108,12 +132,14 @@ def _select_group(embeddings: np.ndarray, individual: np.ndarray, lengths: np.nd
         taken = take_equal_shares(sequences, lengths, cluster_tokens, budget_tokens)
         chosen = np.array([row for part in taken for row in part], np.int64)
     sizes = np.bincount(clusters)
-    return chosen, {"relation": relation.to_json(), "cluster_sizes": sizes.tolist(),
-                    "cluster_selected": np.bincount(clusters[chosen], minlength=len(sizes)).tolist()}
+    return chosen, {
+        "relation": relation.to_json(),
+        "cluster_sizes": sizes.tolist(),
+        "cluster_selected": np.bincount(clusters[chosen], minlength=len(sizes)).tolist(),
+    }
 
 
-def _rows_in_order(rows: np.ndarray, embeddings: np.ndarray, individual: np.ndarray,
-                   relation: Relation) -> Iterator[int]:
+def _rows_in_order(rows: np.ndarray, embeddings: np.ndarray, individual: np.ndarray, relation: Relation) -> Iterator[int]:
     for index, _ in greedy_sequence(embeddings[rows], individual[rows], relation):
         yield int(rows[index])
 
@@ -135,8 +161,12 @@ def _candidate_rows(candidates: np.ndarray, num_rows: int) -> np.ndarray:
 
 
 def _check_input(method: str, given: dict[str, Any]) -> None:
-    needs = {"group": ("embeddings", "individual", "relation"), "individual": ("individual",), "random": (),
-             "similarity": ("embeddings", "reference_embeddings")}
+    needs = {
+        "group": ("embeddings", "individual", "relation"),
+        "individual": ("individual",),
+        "random": (),
+        "similarity": ("embeddings", "reference_embeddings"),
+    }
     if method not in needs:
         raise UserError(f"selection method is {method!r}; choose one of {', '.join(METHODS)}")
     missing = [name for name in needs[method] if given[name] is None]

@@ -39,7 +39,8 @@ def resolve_recipe(config: Config) -> Recipe:
     standardisation = settings.standardisation if settings.standardisation != "auto" else "pooled" if paper else "per_position"
     relation = settings.relation if settings.relation != "auto" else "product"
     fit = FitSettings(
-        embedding_dim=settings.embedding_dim,
+        # The paper's embeddings are the encoder's own; the probe's features need the projection to be compared at all.
+        embedding_dim=None if paper and settings.encoder != "probe" else settings.embedding_dim,
         relation=relation,
         standardisation=standardisation,
         learning_rate=settings.learning_rate,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +54,19 @@ class Progress:
 
 
 def save(engine: deepspeed.DeepSpeedEngine, config: Config, directory: Path, progress: Progress) -> None:
-    """Write the checkpoint of ``progress.step``; DeepSpeed replaces ``latest`` last. Collective: every rank must call."""
+    """Write the checkpoint of ``progress.step``; DeepSpeed replaces ``latest`` last. Collective: every rank must call.
+
+    Raises:
+        OSError: ENOSPC when the disk is full; ``latest`` still names the checkpoint before.
+    """
     client_state = {**dataclasses.asdict(progress), "config": config_to_dict(config), "gated_linear_unit": True}
-    engine.save_checkpoint(str(directory), tag=checkpoint_tag(progress.step), client_state=client_state)
+    try:
+        engine.save_checkpoint(str(directory), tag=checkpoint_tag(progress.step), client_state=client_state)
+    except RuntimeError as error:
+        # torch reports a full disk as a failure of its zip writer, without saying why.
+        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory / checkpoint_tag(progress.step))) from error
 
 
 def load(engine: deepspeed.DeepSpeedEngine, directory: Path, tag: str | None) -> Progress:

@@ -45,8 +45,9 @@ class Tracker:
 def tracked_values(row: dict[str, Any]) -> dict[str, float]:
     """The finite numbers in a metrics row, without its ``step``; those of an event are named ``<event>/<name>``."""
     prefix = f"{row['event']}/" if "event" in row else ""
-    return {f"{prefix}{name}": value for name, value in row.items()
-            if name != "step" and type(value) in (int, float) and math.isfinite(value)}
+    return {
+        f"{prefix}{name}": value for name, value in row.items() if name != "step" and type(value) in (int, float) and math.isfinite(value)
+    }
 
 
 def open_tracker(project: str, name: str, mode: str, directory: Path, config: dict[str, Any]) -> Tracker:
@@ -65,10 +66,8 @@ def open_tracker(project: str, name: str, mode: str, directory: Path, config: di
         import wandb
 
         Path(directory).mkdir(parents=True, exist_ok=True)
-        settings = wandb.Settings(silent=True, console="off", login_timeout=30, init_timeout=60,
-                                  x_disable_stats=True)
-        return Tracker(wandb.init(project=project, name=name, mode=mode, dir=str(directory), config=config,
-                                  settings=settings))
+        settings = wandb.Settings(silent=True, console="off", login_timeout=30, init_timeout=60, x_disable_stats=True)
+        return Tracker(wandb.init(project=project, name=name, mode=mode, dir=str(directory), config=config, settings=settings))
     except ImportError:
         logger.warning("run.wandb_mode is %s but wandb is not installed; metrics go to metrics.jsonl only", mode)
     except Exception as error:  # no network, no login, no disk: none of it may end a training run

@@ -15,9 +15,15 @@ from tests.common.zero_checkpoints import Recipe, write_checkpoints
 
 # Every layout writes these; the last ones only where they add something.
 RECIPES = [Recipe(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")] + [Recipe(1, "bf16-fp32-accumulation")]
-EXTRA_RECIPES = [Recipe(0, "fp16"), Recipe(1, "fp16"), Recipe(1, "fp32", tied=True), Recipe(0, "fp32", tied=True),
-                 Recipe(1, "fp32", steps=0), Recipe(2, "fp32", zero_options=(("round_robin_gradients", True),)),
-                 Recipe(3, "fp32", zero_options=(("sub_group_size", 300),))]
+EXTRA_RECIPES = [
+    Recipe(0, "fp16"),
+    Recipe(1, "fp16"),
+    Recipe(1, "fp32", tied=True),
+    Recipe(0, "fp32", tied=True),
+    Recipe(1, "fp32", steps=0),
+    Recipe(2, "fp32", zero_options=(("round_robin_gradients", True),)),
+    Recipe(3, "fp32", zero_options=(("sub_group_size", 300),)),
+]
 REFUSED_RECIPES = [Recipe(0, "fp32", steps=0), Recipe(1, "fp32", zero_options=(("elastic_checkpoint", True),))]
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2)]
 
@@ -43,8 +49,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Save
             root = tmp_path_factory.mktemp(f"tp{tensor_size}-dp{data_size}")
             recipes = RECIPES + (EXTRA_RECIPES + REFUSED_RECIPES if data_size == 2 else [])
             try:
-                held = run_ranks(write_checkpoints, tensor_size * data_size, tensor_size, recipes, str(root / "checkpoints"),
-                                 tmp_path=root, timeout_seconds=200)
+                held = run_ranks(
+                    write_checkpoints,
+                    tensor_size * data_size,
+                    tensor_size,
+                    recipes,
+                    str(root / "checkpoints"),
+                    tmp_path=root,
+                    timeout_seconds=200,
+                )
                 launches[layout] = Saved(root / "checkpoints", held[:tensor_size])
             except RankFailure as failure:
                 launches[layout] = failure

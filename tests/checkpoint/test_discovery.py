@@ -27,8 +27,11 @@ def test_complete_checkpoints_pass(saved, tensor_size, data_size):
 
 def test_file_counts(saved):
     directory = saved(2, 2).directory
-    counts = {stage: (len(files.model), len(files.optimizer)) for stage in range(4)
-              for files in [find_files(directory / Recipe(stage, "bf16").tag)]}
+    counts = {
+        stage: (len(files.model), len(files.optimizer))
+        for stage in range(4)
+        for files in [find_files(directory / Recipe(stage, "bf16").tag)]
+    }
     assert counts == {0: (2, 0), 1: (2, 4), 2: (2, 4), 3: (4, 4)}
 
 
@@ -69,15 +72,17 @@ def test_not_a_directory_and_no_model_states(tmp_path):
         check_complete(tmp_path)
 
 
-@pytest.mark.parametrize(("tag", "file", "message"), [
-    (TAG, "zero_pp_rank_1_mp_rank_00_optim_states.pt", f"{SIZES}, but the optim_states files of mp_rank_00/dp_rank_1 are missing"),
-    (TAG, "mp_rank_01_model_states.pt", f"{SIZES}, but the model_states files of mp_rank_01/dp_rank_0 are missing"),
-    (TAG, "mp_rank_00_model_states.pt", "has no model states of rank 0"),
-    (Recipe(1, "bf16").tag, "bf16_zero_pp_rank_0_mp_rank_01_optim_states.pt",
-     "optim_states files of mp_rank_01/dp_rank_0 are missing"),
-    (Recipe(3, "fp32").tag, "zero_pp_rank_1_mp_rank_01_model_states.pt", "model_states files of mp_rank_01/dp_rank_1 are missing"),
-    (Recipe(0, "fp32").tag, "mp_rank_01_model_states.pt", "model_states files of mp_rank_01/dp_rank_0 are missing"),
-])
+@pytest.mark.parametrize(
+    ("tag", "file", "message"),
+    [
+        (TAG, "zero_pp_rank_1_mp_rank_00_optim_states.pt", f"{SIZES}, but the optim_states files of mp_rank_00/dp_rank_1 are missing"),
+        (TAG, "mp_rank_01_model_states.pt", f"{SIZES}, but the model_states files of mp_rank_01/dp_rank_0 are missing"),
+        (TAG, "mp_rank_00_model_states.pt", "has no model states of rank 0"),
+        (Recipe(1, "bf16").tag, "bf16_zero_pp_rank_0_mp_rank_01_optim_states.pt", "optim_states files of mp_rank_01/dp_rank_0 are missing"),
+        (Recipe(3, "fp32").tag, "zero_pp_rank_1_mp_rank_01_model_states.pt", "model_states files of mp_rank_01/dp_rank_1 are missing"),
+        (Recipe(0, "fp32").tag, "mp_rank_01_model_states.pt", "model_states files of mp_rank_01/dp_rank_0 are missing"),
+    ],
+)
 def test_missing_files_are_named(copy_of, tag, file, message):
     path = copy_of(tag)
     (path / file).unlink()
@@ -101,12 +106,18 @@ def test_files_of_another_world_size(copy_of):
         check_complete(path)
 
 
-@pytest.mark.parametrize(("source", "file", "message"), [
-    ((1, 2), "mp_rank_00_model_states.pt", "mixes world sizes: it was saved at tensor-parallel size 1"),
-    ((2, 1), "mp_rank_01_model_states.pt", "mixes two saves: mp_rank_01_model_states.pt has dp_world_size 1, the other files 2"),
-    ((2, 1), "zero_pp_rank_0_mp_rank_01_optim_states.pt",
-     "mixes two saves: zero_pp_rank_0_mp_rank_01.* has partition_count 1, the other files 2"),
-])
+@pytest.mark.parametrize(
+    ("source", "file", "message"),
+    [
+        ((1, 2), "mp_rank_00_model_states.pt", "mixes world sizes: it was saved at tensor-parallel size 1"),
+        ((2, 1), "mp_rank_01_model_states.pt", "mixes two saves: mp_rank_01_model_states.pt has dp_world_size 1, the other files 2"),
+        (
+            (2, 1),
+            "zero_pp_rank_0_mp_rank_01_optim_states.pt",
+            "mixes two saves: zero_pp_rank_0_mp_rank_01.* has partition_count 1, the other files 2",
+        ),
+    ],
+)
 def test_a_file_of_another_layout(saved, copy_of, source, file, message):
     path = copy_of(TAG)
     shutil.copy(saved(*source).directory / TAG / file, path / file)
@@ -132,9 +143,14 @@ def test_two_files_of_one_rank(copy_of):
         check_complete(path)
 
 
-@pytest.mark.parametrize(("file", "what"), [("layer_00-model_00-model_states.pt", "pipeline parallelism"),
-                                            ("expp_rank_0_mp_rank_00_optim_states.pt", "mixture of experts"),
-                                            ("layer_0_expert_1_mp_rank_00_model_states.pt", "mixture of experts")])
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("layer_00-model_00-model_states.pt", "pipeline parallelism"),
+        ("expp_rank_0_mp_rank_00_optim_states.pt", "mixture of experts"),
+        ("layer_0_expert_1_mp_rank_00_model_states.pt", "mixture of experts"),
+    ],
+)
 def test_unsupported_parallelism(copy_of, file, what):
     path = copy_of(TAG)
     (path / file).touch()

@@ -17,8 +17,15 @@ from tests.common.distributed import run_ranks
 
 CONFIG: dict[str, Any] = {
     "run": {"output_dir": "unused", "seed": 5},
-    "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 24,
-              "sequence_length": 16, "vocab_size": 48},
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 24,
+        "sequence_length": 16,
+        "vocab_size": 48,
+    },
     "data": {"pool": "unused"},
     "training": {"train_iters": 2, "global_batch_size": 2, "micro_batch_size": 2},
 }
@@ -45,8 +52,12 @@ def train_and_save(rank: int, world_size: int, directory: str) -> torch.Tensor:
 
     model, groups = build(world_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    settings = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True,
-                "steps_per_print": 2**62}
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+    }
     with contextlib.redirect_stdout(io.StringIO()):
         engine = deepspeed.initialize(model=model, optimizer=optimizer, mpu=groups, config=settings, dist_init_required=False)[0]
         for _ in range(2):

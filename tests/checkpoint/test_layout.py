@@ -14,26 +14,29 @@ LAYER = "module.decoder.layers.11."
 SIZES = st.sampled_from([1, 2, 4])
 
 
-@pytest.mark.parametrize(("name", "layout"), [
-    ("embedding.word_embeddings.weight", Layout(0)),
-    ("output_layer.weight", Layout(0)),
-    (LAYER + "self_attention.linear_qkv.weight", Layout(0)),
-    (LAYER + "self_attention.linear_qkv.bias", Layout(0)),
-    (LAYER + "self_attention.linear_proj.weight", Layout(1)),
-    (LAYER + "self_attention.linear_proj.bias", Layout(None)),
-    (LAYER + "mlp.linear_fc1.weight", Layout(0, parts=2)),
-    (LAYER + "mlp.linear_fc1.bias", Layout(0, parts=2)),
-    (LAYER + "mlp.linear_fc2.weight", Layout(1)),
-    (LAYER + "mlp.linear_fc2.bias", Layout(None)),
-    (LAYER + "input_layernorm.weight", Layout(None)),
-    (LAYER + "pre_mlp_layernorm.weight", Layout(None)),
-    (LAYER + "self_attention.q_layernorm.weight", Layout(None)),
-    (LAYER + "self_attention.k_layernorm.weight", Layout(None)),
-    (LAYER + "self_attention.linear_qkv.layer_norm_weight", Layout(None)),
-    (LAYER + "mlp.linear_fc1.layer_norm_weight", Layout(None)),
-    ("decoder.final_layernorm.weight", Layout(None)),
-    ("embedding.position_embeddings.weight", Layout(None)),
-])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("embedding.word_embeddings.weight", Layout(0)),
+        ("output_layer.weight", Layout(0)),
+        (LAYER + "self_attention.linear_qkv.weight", Layout(0)),
+        (LAYER + "self_attention.linear_qkv.bias", Layout(0)),
+        (LAYER + "self_attention.linear_proj.weight", Layout(1)),
+        (LAYER + "self_attention.linear_proj.bias", Layout(None)),
+        (LAYER + "mlp.linear_fc1.weight", Layout(0, parts=2)),
+        (LAYER + "mlp.linear_fc1.bias", Layout(0, parts=2)),
+        (LAYER + "mlp.linear_fc2.weight", Layout(1)),
+        (LAYER + "mlp.linear_fc2.bias", Layout(None)),
+        (LAYER + "input_layernorm.weight", Layout(None)),
+        (LAYER + "pre_mlp_layernorm.weight", Layout(None)),
+        (LAYER + "self_attention.q_layernorm.weight", Layout(None)),
+        (LAYER + "self_attention.k_layernorm.weight", Layout(None)),
+        (LAYER + "self_attention.linear_qkv.layer_norm_weight", Layout(None)),
+        (LAYER + "mlp.linear_fc1.layer_norm_weight", Layout(None)),
+        ("decoder.final_layernorm.weight", Layout(None)),
+        ("embedding.position_embeddings.weight", Layout(None)),
+    ],
+)
 def test_layout_of_each_parameter(name, layout):
     assert layout_of(name, gated=True) == layout
     assert split_dimension(name) == layout.dim

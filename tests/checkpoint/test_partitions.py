@@ -13,21 +13,29 @@ MODEL = {"a": (4, 4), "a_norm": (4,), "b": (4, 8), "b_norm": (4,), "c": (4, 4)}
 
 def test_groups_are_told_apart_by_shape():
     assert match_by_shape(MODEL, [[0, 1, 2], [3, 4]], {0: (4, 4), 1: (4, 8), 2: (4, 4), 3: (4,), 4: (4,)}) == {
-        "a": 0, "a_norm": 3, "b": 1, "b_norm": 4, "c": 2}
+        "a": 0,
+        "a_norm": 3,
+        "b": 1,
+        "b_norm": 4,
+        "c": 2,
+    }
 
 
 def test_one_group_needs_no_shapes():
     assert match_by_shape(MODEL, [[0, 1, 2, 3, 4]], dict.fromkeys(range(5))) == dict(zip(MODEL, range(5), strict=True))
 
 
-@pytest.mark.parametrize(("groups", "shapes"), [
-    # The two norms may be either way round.
-    ([[0, 1, 2], [3], [4]], {0: (4, 4), 1: (4, 8), 2: (4, 4), 3: (4,), 4: (4,)}),
-    # No order of the groups gives the model's shapes.
-    ([[0, 1, 2], [3, 4]], {0: (4, 8), 1: (4, 4), 2: (4, 4), 3: (4,), 4: (4,)}),
-    # A parameter of the model is in no group.
-    ([[0, 1, 2], [3]], {0: (4, 4), 1: (4, 8), 2: (4, 4), 3: (4,)}),
-])
+@pytest.mark.parametrize(
+    ("groups", "shapes"),
+    [
+        # The two norms may be either way round.
+        ([[0, 1, 2], [3], [4]], {0: (4, 4), 1: (4, 8), 2: (4, 4), 3: (4,), 4: (4,)}),
+        # No order of the groups gives the model's shapes.
+        ([[0, 1, 2], [3, 4]], {0: (4, 8), 1: (4, 4), 2: (4, 4), 3: (4,), 4: (4,)}),
+        # A parameter of the model is in no group.
+        ([[0, 1, 2], [3]], {0: (4, 4), 1: (4, 8), 2: (4, 4), 3: (4,)}),
+    ],
+)
 def test_no_way_or_several_ways_are_refused(groups, shapes):
     with pytest.raises(UserError, match="cannot be matched to the model's names by shape; give the optimizer named parameters"):
         match_by_shape(MODEL, groups, shapes)

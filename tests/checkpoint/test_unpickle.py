@@ -48,12 +48,33 @@ def with_pickle(tmp_path, content: bytes) -> pathlib.Path:
 def test_tensors_and_containers_come_back(tmp_path):
     base = torch.randn(6, 4)
     dtypes = (torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)
-    value = {"view": base.t()[1:], "base": base, "scalar": torch.tensor(3), "empty": torch.zeros(0, 5),
-             "parameter": torch.nn.Parameter(base + 1), "dtypes": [torch.ones(3, dtype=dtype) for dtype in dtypes],
-             "plain": (1, -2**70, 2.5, True, None, "text", b"bytes", b"", {1, 2}, frozenset({3}), bytearray(b"x"), 1j,
-                       torch.Size([2, 3]), torch.float32),
-             "ordered": collections.OrderedDict(a=1), "default": collections.defaultdict(list, {"k": [1]}),
-             "path": pathlib.PosixPath("/a/b")}
+    value = {
+        "view": base.t()[1:],
+        "base": base,
+        "scalar": torch.tensor(3),
+        "empty": torch.zeros(0, 5),
+        "parameter": torch.nn.Parameter(base + 1),
+        "dtypes": [torch.ones(3, dtype=dtype) for dtype in dtypes],
+        "plain": (
+            1,
+            -(2**70),
+            2.5,
+            True,
+            None,
+            "text",
+            b"bytes",
+            b"",
+            {1, 2},
+            frozenset({3}),
+            bytearray(b"x"),
+            1j,
+            torch.Size([2, 3]),
+            torch.float32,
+        ),
+        "ordered": collections.OrderedDict(a=1),
+        "default": collections.defaultdict(list, {"k": [1]}),
+        "path": pathlib.PosixPath("/a/b"),
+    }
     found = load(saved(tmp_path, value))
     assert found.keys() == value.keys()
     for name in ("view", "base", "scalar", "empty", "parameter"):
@@ -82,8 +103,12 @@ def test_a_tensor_with_attributes(tmp_path):
 
 def test_numpy_values(tmp_path):
     state = np.random.RandomState(3).get_state()
-    values = {"state": state, "scalar": np.float64(2.5), "matrix": np.asfortranarray(np.arange(6).reshape(2, 3)),
-              "text": np.array(["ab", "c"])}
+    values = {
+        "state": state,
+        "scalar": np.float64(2.5),
+        "matrix": np.asfortranarray(np.arange(6).reshape(2, 3)),
+        "text": np.array(["ab", "c"]),
+    }
     found = load(saved(tmp_path, values))
     assert found["scalar"] == 2.5
     for ours, theirs in zip(found["state"], state, strict=True):
@@ -97,10 +122,21 @@ def test_objects_become_records(tmp_path):
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    scaler = DynamicLossScaler(dtype=torch.float16, init_scale=8.0, scale_window=1000, min_scale=1, delayed_shift=1,
-                               consecutive_hysteresis=False, raise_error_at_min_scale=True)
-    found = load(saved(tmp_path, [argparse.Namespace(num_layers=2, nested={"a": 1}), ZeroStageEnum.gradients,
-                                  fragment_address(numel=5, start=7), scaler]))
+    scaler = DynamicLossScaler(
+        dtype=torch.float16,
+        init_scale=8.0,
+        scale_window=1000,
+        min_scale=1,
+        delayed_shift=1,
+        consecutive_hysteresis=False,
+        raise_error_at_min_scale=True,
+    )
+    found = load(
+        saved(
+            tmp_path,
+            [argparse.Namespace(num_layers=2, nested={"a": 1}), ZeroStageEnum.gradients, fragment_address(numel=5, start=7), scaler],
+        )
+    )
     assert [type(item) for item in found] == [Record] * 4
     assert found[0].fields == {"num_layers": 2, "nested": {"a": 1}}
     assert (found[1].type_name, found[1].args) == ("deepspeed.runtime.zero.config.ZeroStageEnum", (2,))
@@ -119,9 +155,13 @@ HOSTILE = {
     "nested torch.load": (lambda mark: Call(torch.load, str(mark)), "torch.serialization.load"),
     "nested pickle": (lambda mark: Call(pickle.loads, pickle.dumps(Call(os.system, f"touch {mark}"))), "_pickle.loads"),
     "rebuild through a function": (
-        lambda mark: Call(torch._tensor._rebuild_from_type_v2, os.system, torch.Tensor, (f"touch {mark}",), {}), "posix.system"),
+        lambda mark: Call(torch._tensor._rebuild_from_type_v2, os.system, torch.Tensor, (f"touch {mark}",), {}),
+        "posix.system",
+    ),
     "rebuild through a listed class": (
-        lambda mark: Call(torch._tensor._rebuild_from_type_v2, argparse.Namespace, torch.Tensor, (), {}), "argparse.Namespace"),
+        lambda mark: Call(torch._tensor._rebuild_from_type_v2, argparse.Namespace, torch.Tensor, (), {}),
+        "argparse.Namespace",
+    ),
     "function as a state": (lambda mark: Call(argparse.Namespace, state={"f": os.system}), "posix.system"),
     "map": (lambda mark: [Call(map, os.system, [f"touch {mark}"])], "builtins.map"),
     "a class of the caller": (lambda mark: io.StringIO("x"), "_io.StringIO"),
@@ -155,17 +195,20 @@ def test_the_hostile_payloads_are_real(tmp_path):
     assert mark.exists()
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"\x80\x02cbuiltins\neval\n.", "builtins.eval"),
-    (b"\x80\x02c__builtin__\neval\n.", "builtins.eval"),
-    (b"\x80\x04\x8c\x05posix\x8c\x06system\x93.", "posix.system"),
-    (b"\x80\x04\x8c\x05torch\x8c\x12serialization.load\x93.", "torch.serialization.load"),
-    (b"(iposix\nsystem\n.", "pickle instruction INST"),
-    (b"(cargparse\nNamespace\no.", "pickle instruction OBJ"),
-    (b"\x80\x02\x82\x01.", "pickle instruction EXT1"),
-    (b"P0\n.", "pickle instruction PERSID"),
-    (b"\x80\x04cargparse\nNamespace\n)}\x92.", "pickle instruction NEWOBJ_EX"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x02cbuiltins\neval\n.", "builtins.eval"),
+        (b"\x80\x02c__builtin__\neval\n.", "builtins.eval"),
+        (b"\x80\x04\x8c\x05posix\x8c\x06system\x93.", "posix.system"),
+        (b"\x80\x04\x8c\x05torch\x8c\x12serialization.load\x93.", "torch.serialization.load"),
+        (b"(iposix\nsystem\n.", "pickle instruction INST"),
+        (b"(cargparse\nNamespace\no.", "pickle instruction OBJ"),
+        (b"\x80\x02\x82\x01.", "pickle instruction EXT1"),
+        (b"P0\n.", "pickle instruction PERSID"),
+        (b"\x80\x04cargparse\nNamespace\n)}\x92.", "pickle instruction NEWOBJ_EX"),
+    ],
+)
 def test_hostile_instructions(tmp_path, content, message):
     with pytest.raises(UserError, match=f"refused: the file wants to create or call '{message}'"):
         load(with_pickle(tmp_path, content))
@@ -174,22 +217,28 @@ def test_hostile_instructions(tmp_path, content, message):
 STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"\x80\x02]", "pickle exhausted before seeing STOP"),
-    (b"\x80\x02\xff.", "opcode"),
-    (b"\x80\x02a.", "is damaged"),
-    (b"\x80\x02K\x01K\x02R.", "call of int with int"),
-    (b"\x80\x02cargparse\nNamespace\nK\x01R.", "call of Name with int"),
-    (b"\x80\x02cargparse\nNamespace\n(K\x01K\x02e.", "APPENDS on Name"),
-    (b"\x80\x02ctorch\nSize\n}b.", "state for Name"),
-    (b"\x80\x02cbuiltins\nbytes\nJ\x00\x00\x00\x7f\x85R.", "bytes from int"),
-    (b"\x80\x02K\x01Q.", "is damaged"),
-    (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\x00K\x05\x85K\x01\x85\x89}tR.", "ends at element 4 of a storage of 4"),
-    (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"J\xff\xff\xff\xffK\x01\x85K\x01\x85\x89}tR.", "offset -1"),
-    (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\x00K\x05\x85K\x01\x85\x89}tR.", "a tensor of int"),
-    (b"\x80\x02" + STORAGE.replace(b"K\x04", b"K\x05") + b".", "storage 0 holds 16 bytes instead of 5 x 4"),
-    (b"\x80\x02" + STORAGE.replace(b"0X\x03", b"7X\x03") + b".", "no record 'data/7'"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x02]", "pickle exhausted before seeing STOP"),
+        (b"\x80\x02\xff.", "opcode"),
+        (b"\x80\x02a.", "is damaged"),
+        (b"\x80\x02K\x01K\x02R.", "call of int with int"),
+        (b"\x80\x02cargparse\nNamespace\nK\x01R.", "call of Name with int"),
+        (b"\x80\x02cargparse\nNamespace\n(K\x01K\x02e.", "APPENDS on Name"),
+        (b"\x80\x02ctorch\nSize\n}b.", "state for Name"),
+        (b"\x80\x02cbuiltins\nbytes\nJ\x00\x00\x00\x7f\x85R.", "bytes from int"),
+        (b"\x80\x02K\x01Q.", "is damaged"),
+        (
+            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\x00K\x05\x85K\x01\x85\x89}tR.",
+            "ends at element 4 of a storage of 4",
+        ),
+        (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"J\xff\xff\xff\xffK\x01\x85K\x01\x85\x89}tR.", "offset -1"),
+        (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\x00K\x05\x85K\x01\x85\x89}tR.", "a tensor of int"),
+        (b"\x80\x02" + STORAGE.replace(b"K\x04", b"K\x05") + b".", "storage 0 holds 16 bytes instead of 5 x 4"),
+        (b"\x80\x02" + STORAGE.replace(b"0X\x03", b"7X\x03") + b".", "no record 'data/7'"),
+    ],
+)
 def test_damaged_pickles(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         load(with_pickle(tmp_path, content))
@@ -199,7 +248,7 @@ def test_damaged_pickles(tmp_path, content, message):
 def test_truncated_files(tmp_path, kept):
     path = saved(tmp_path, {"weight": torch.randn(2000)})
     content = path.read_bytes()
-    path.write_bytes(content[:int(kept * len(content)) if isinstance(kept, float) else kept])
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
     with pytest.raises(UserError, match=rf"{path} is cut short \({path.stat().st_size} bytes\)"):
         load(path)
 
@@ -238,7 +287,7 @@ def test_a_record_longer_than_the_file(tmp_path):
     path = with_pickle(tmp_path, pickle.dumps(1))
     content = bytearray(path.read_bytes())
     entry = content.find(b"PK\x01\x02")
-    content[entry + 24:entry + 28] = struct.pack("<I", 10**6)
+    content[entry + 24 : entry + 28] = struct.pack("<I", 10**6)
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"file.pt is damaged: record 'data.pkl' ends at byte 1000\d+, the file at"):
         load(path)

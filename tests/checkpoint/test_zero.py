@@ -82,7 +82,9 @@ def test_parameter_groups_carry_settings_and_names(saved):
     for recipe in RECIPES:
         groups = ZeroCheckpoint(saved(2, 2).directory / recipe.tag).param_groups
         assert [(group["lr"], group["weight_decay"], group["betas"], group["eps"]) for group in groups] == [
-            (1e-2, 0.1, (0.9, 0.95), 1e-8), (1e-2, 0.0, (0.9, 0.95), 1e-8)]
+            (1e-2, 0.1, (0.9, 0.95), 1e-8),
+            (1e-2, 0.0, (0.9, 0.95), 1e-8),
+        ]
         matrices = {name for name, (shape, _) in full_shapes().items() if len(shape) > 1}
         assert set(groups[0]["param_names"]) == matrices
         assert set(groups[1]["param_names"]) == full_shapes().keys() - matrices
@@ -148,9 +150,17 @@ def test_gated_layout_must_be_stated_only_where_it_matters(saved):
         checkpoint.read(name, "param")
 
 
-@pytest.mark.parametrize(("recipe", "message"), zip(REFUSED_RECIPES, [
-    "global_step0: the optimizer's parameters cannot be matched to the model's names by shape; give the optimizer named",
-    "saved with 'elastic_checkpoint'.*set to false"], strict=True))
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    zip(
+        REFUSED_RECIPES,
+        [
+            "global_step0: the optimizer's parameters cannot be matched to the model's names by shape; give the optimizer named",
+            "saved with 'elastic_checkpoint'.*set to false",
+        ],
+        strict=True,
+    ),
+)
 def test_checkpoints_that_leave_out_what_is_needed_are_refused(saved, recipe, message):
     with pytest.raises(UserError, match=message):
         ZeroCheckpoint(saved(2, 2).directory / recipe.tag)

@@ -138,14 +138,19 @@ def test_a_damaged_generation_is_told(run: RunPaths, capsys: pytest.CaptureFixtu
 def test_what_is_not_a_run_is_told(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command[0], str(tmp_path), *command[1:]]) == 1
     assert capsys.readouterr().err == (
-        f"error: {tmp_path} is not a run directory: it has no config.yaml; give the run.output_dir of a trainer\n")
+        f"error: {tmp_path} is not a run directory: it has no config.yaml; give the run.output_dir of a trainer\n"
+    )
 
 
 def add_progress(run: RunPaths) -> None:
     write_json(run.training_state, {"state": "running", "step": 8, "consumed_train_samples": 32, "consumed_tokens": 1_256_000})
     write_json(run.server_state, {"state": "working", "round": 2, "stage": "oracle_random", "updated": time.time() - 7})
-    rows = [{"step": 4, "loss": 5.0, "tokens_per_second": 10.0}, {"step": 5, "evaluation_loss": 4.75},
-            {"step": 6, "event": "adoption", "generation": 1}, {"step": 8, "loss": 4.5, "tokens_per_second": 1234.4}]
+    rows = [
+        {"step": 4, "loss": 5.0, "tokens_per_second": 10.0},
+        {"step": 5, "evaluation_loss": 4.75},
+        {"step": 6, "event": "adoption", "generation": 1},
+        {"step": 8, "loss": 4.5, "tokens_per_second": 1234.4},
+    ]
     run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "lo')
     failure = run.round_failure(3)
     failure.parent.mkdir(parents=True)

@@ -36,8 +36,13 @@ def config_file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["--local_rank", "--local-rank"])
 def test_local_rank_is_taken_out_wherever_a_launcher_puts_it(name: str) -> None:
     rest = ["train", "--config", "c.yaml"]
-    for given in ([f"{name}=3", *rest], [name, "3", *rest], [*rest, f"{name}=3"], [*rest, name, "3"],
-                  ["train", f"{name}=3", "--config", "c.yaml"]):
+    for given in (
+        [f"{name}=3", *rest],
+        [name, "3", *rest],
+        [*rest, f"{name}=3"],
+        [*rest, name, "3"],
+        ["train", f"{name}=3", "--config", "c.yaml"],
+    ):
         assert split_local_rank(given) == (rest, 3)
     assert split_local_rank([f"{name}=0", "plan"]) == (["plan"], 0)
 
@@ -97,7 +102,8 @@ def test_a_full_disk_is_told(
     monkeypatch.setattr(plan, "check_pools", fill)
     assert main(["plan", "--config", str(config_file)]) == 1
     assert capsys.readouterr().err == (
-        f"error: no space left while writing {shown}: free some, then start the same command again; what was complete is kept\n")
+        f"error: no space left while writing {shown}: free some, then start the same command again; what was complete is kept\n"
+    )
 
 
 @pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "no"), RuntimeError("ours"), ValueError("ours")])
@@ -157,8 +163,14 @@ def test_the_help_lists_every_command_and_the_version_is_the_packages(capsys: py
 
 
 def test_every_command_reaches_a_handler() -> None:
-    required = {"train": ["--config", "c"], "serve": ["--config", "c"], "plan": ["--config", "c"], "status": ["r"],
-                "trace": ["r", "--start", "0", "--stop", "1"], "report": ["r"]}
+    required = {
+        "train": ["--config", "c"],
+        "serve": ["--config", "c"],
+        "plan": ["--config", "c"],
+        "status": ["r"],
+        "trace": ["r", "--start", "0", "--stop", "1"],
+        "report": ["r"],
+    }
     assert set(required) == set(COMMANDS)
     for command, arguments in required.items():
         assert callable(build_parser().parse_args([command, *arguments]).handler)
@@ -185,8 +197,13 @@ def test_training_a_finished_run_does_nothing(
 
 
 def test_a_real_process_prints_no_traceback() -> None:
-    done = subprocess.run([sys.executable, "-m", "megatron_groupmates", "plan", "--config", "missing.yaml"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_groupmates", "plan", "--config", "missing.yaml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: --config: missing.yaml does not exist\n")
 
 

@@ -96,11 +96,17 @@ def test_each_method_costs_what_it_does() -> None:
     oracle = {"num_random_rollouts": 7, "num_bootstrap_rollouts": 3, "rollout_length": 4, "reference_samples": 5, "num_candidates": 16}
     exact = selection_flops(tiny_config(oracle=oracle), 100)
     assert exact == pytest.approx(
-        {"oracle_random": 7 * 4 * 8 * sequence, "oracle_bootstrap": 3 * 4 * 8 * sequence, "candidates": 16 * sequence,
-         "embeddings": 100 * sequence})
+        {
+            "oracle_random": 7 * 4 * 8 * sequence,
+            "oracle_bootstrap": 3 * 4 * 8 * sequence,
+            "candidates": 16 * sequence,
+            "embeddings": 100 * sequence,
+        }
+    )
     cheap = selection_flops(tiny_config(oracle={**oracle, "estimator": "first_order"}), None)
     assert cheap == pytest.approx(
-        {"oracle_random": 7 * 4 * 3 * sequence, "oracle_bootstrap": 3 * 4 * 3 * sequence, "candidates": 16 * sequence})
+        {"oracle_random": 7 * 4 * 3 * sequence, "oracle_bootstrap": 3 * 4 * 3 * sequence, "candidates": 16 * sequence}
+    )
     assert selection_flops(tiny_config(selection={"method": "individual"}, oracle=oracle), 100) == exact
     assert set(selection_flops(tiny_config(selection={"method": "similarity"}), 100)) == {"embeddings"}
     assert selection_flops(tiny_config(selection={"method": "random"}), 100) == {}
@@ -162,14 +168,18 @@ def test_pools_of_different_tokenizers(
     pool = PoolIndex.open(tmp_path / "pool")
     assert other.tokenizer["fingerprint"] != pool.tokenizer["fingerprint"]
     message = refused(capsys, *run, "--set", f"data.{what}={other.directory}")
-    assert message == (f"error: data.{what}: {other.directory} was tokenised with {other.tokenizer}, the pool {pool.directory} with "
-                       f"{pool.tokenizer}; preprocess both with the same tokenizer\n")
+    assert message == (
+        f"error: data.{what}: {other.directory} was tokenised with {other.tokenizer}, the pool {pool.directory} with "
+        f"{pool.tokenizer}; preprocess both with the same tokenizer\n"
+    )
 
 
 def test_a_vocabulary_larger_than_the_models(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, *run, "--set", "model.vocab_size=299")
-    assert message == (f"error: data.pool: the tokenizer of {tmp_path / 'pool'} has 300 tokens, model.vocab_size is 299; "
-                       "raise model.vocab_size to at least 300\n")
+    assert message == (
+        f"error: data.pool: the tokenizer of {tmp_path / 'pool'} has 300 tokens, model.vocab_size is 299; "
+        "raise model.vocab_size to at least 300\n"
+    )
     assert run_plan(capsys, *run, "--set", "model.vocab_size=300")["pool"]["samples"] == 16
 
 

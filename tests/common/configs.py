@@ -9,8 +9,7 @@ from megatron_groupmates.config import Config, config_from_dict
 
 _TREE: dict[str, dict[str, Any]] = {
     "run": {"output_dir": "run"},
-    "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48, "sequence_length": 8,
-              "vocab_size": 320},
+    "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48, "sequence_length": 8, "vocab_size": 320},
     "data": {"pool": "pool", "reference": "reference", "num_workers": 0},
     "training": {"train_iters": 20, "global_batch_size": 4, "micro_batch_size": 2},
     "selection": {"enabled": True, "first_refresh_step": 5, "refresh_interval": 5},

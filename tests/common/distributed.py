@@ -25,8 +25,14 @@ class RankFailure(AssertionError):
     """A rank raised, died or hung; the message names the rank and holds its traceback."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, tmp_path: Path, timeout_seconds: float = 60.0,
-              collective_timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    tmp_path: Path,
+    timeout_seconds: float = 60.0,
+    collective_timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS,
+) -> list[Any]:
     """Call ``function(rank, world_size, *args)`` in ``world_size`` fresh processes and collect what it returns.
 
     The processes are spawned, not forked, meet through a ``file://`` rendezvous, and have a gloo default process group
@@ -57,8 +63,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, tmp_pat
     try:
         for rank in range(world_size):
             os.environ.update(overrides, RANK=str(rank), LOCAL_RANK=str(rank))
-            process = context.Process(target=_child, daemon=False, name=f"rank {rank}",
-                                      args=(function, rank, world_size, args, str(work), collective_timeout_seconds))
+            process = context.Process(
+                target=_child,
+                daemon=False,
+                name=f"rank {rank}",
+                args=(function, rank, world_size, args, str(work), collective_timeout_seconds),
+            )
             process.start()
             processes.append(process)
         _restore_environment(saved)
@@ -69,8 +79,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, tmp_pat
     return [pickle.loads((work / f"result-{rank}").read_bytes()) for rank in range(world_size)]
 
 
-def _child(function: Callable[..., Any], rank: int, world_size: int, args: tuple[Any, ...], work: str,
-           collective_timeout_seconds: float) -> None:
+def _child(
+    function: Callable[..., Any], rank: int, world_size: int, args: tuple[Any, ...], work: str, collective_timeout_seconds: float
+) -> None:
     """Body of one rank: set up the group, call, leave the result or the traceback in a file."""
     directory = Path(work)
     try:
@@ -79,8 +90,12 @@ def _child(function: Callable[..., Any], rank: int, world_size: int, args: tuple
 
         torch.set_num_threads(1)
         torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{directory / 'rendezvous'}", rank=rank, world_size=world_size,
-            timeout=datetime.timedelta(seconds=collective_timeout_seconds))
+            "gloo",
+            init_method=f"file://{directory / 'rendezvous'}",
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=collective_timeout_seconds),
+        )
         result = function(rank, world_size, *args)
         _write(directory / f"result-{rank}", pickle.dumps(result))
         torch.distributed.destroy_process_group()

@@ -30,18 +30,44 @@ def tiny_tree(root: Path | str, **changes: Any) -> dict[str, Any]:
     root = Path(root)
     tree: dict[str, Any] = {
         "run": {"output_dir": str(root / "run"), "seed": 5, "wandb_mode": "disabled"},
-        "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 48,
-                  "sequence_length": SEQUENCE_LENGTH, "vocab_size": VOCABULARY, "z_loss": 1e-2},
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "ffn_hidden_size": 48,
+            "sequence_length": SEQUENCE_LENGTH,
+            "vocab_size": VOCABULARY,
+            "z_loss": 1e-2,
+        },
         "data": {"pool": str(root / "pool"), "reference": str(root / "reference"), "num_workers": 0},
-        "training": {"train_iters": TRAIN_ITERS, "global_batch_size": BATCH, "micro_batch_size": BATCH, "precision": "fp32",
-                     "gradient_clipping": 0.5, "log_interval": 1},
+        "training": {
+            "train_iters": TRAIN_ITERS,
+            "global_batch_size": BATCH,
+            "micro_batch_size": BATCH,
+            "precision": "fp32",
+            "gradient_clipping": 0.5,
+            "log_interval": 1,
+        },
         "parallel": {"tensor_model_parallel_size": 1},
         "optimizer": {"learning_rate": 1e-2, "min_learning_rate": 1e-3, "warmup_iters": 2, "weight_decay": 0.1},
         "checkpoint": {"save_interval": 1},
-        "selection": {"enabled": True, "first_refresh_step": REFRESHES[0], "refresh_interval": 2, "num_clusters": 4,
-                      "kmeans_iterations": 5},
-        "oracle": {"rollout_length": 3, "num_random_rollouts": 20, "num_bootstrap_rollouts": 6, "num_candidates": 48,
-                   "reference_samples": 4, "reference_batch_size": 4, "chunk_rollouts": 4},
+        "selection": {
+            "enabled": True,
+            "first_refresh_step": REFRESHES[0],
+            "refresh_interval": 2,
+            "num_clusters": 4,
+            "kmeans_iterations": 5,
+        },
+        "oracle": {
+            "rollout_length": 3,
+            "num_random_rollouts": 20,
+            "num_bootstrap_rollouts": 6,
+            "num_candidates": 48,
+            "reference_samples": 4,
+            "reference_batch_size": 4,
+            "chunk_rollouts": 4,
+        },
         "relational": {"embedding_dim": 4, "epochs": 6, "warmup_steps": 2, "learning_rate": 3e-2, "held_out_fraction": 0.3},
         "server": {"poll_interval_seconds": 0.05, "embed_batch_size": 32},
     }
@@ -165,10 +191,20 @@ def trained_run(tensor_size: int, tmp_path_factory: pytest.TempPathFactory) -> T
         root = tmp_path_factory.mktemp(f"trained-tp{tensor_size}")
         make_pools(root)
         tensor = {"parallel__tensor_model_parallel_size": tensor_size}
-        plain = {"run__output_dir": str(root / "plain"), "model__z_loss": 0.0, "training__gradient_clipping": 0.0,
-                 "training__train_iters": 2, "selection__enabled": False}
-        run_ranks(train_tiny_runs, tensor_size, [tiny_tree(root, **tensor), tiny_tree(root, **tensor, **plain)], tmp_path=root,
-                  timeout_seconds=240)
+        plain = {
+            "run__output_dir": str(root / "plain"),
+            "model__z_loss": 0.0,
+            "training__gradient_clipping": 0.0,
+            "training__train_iters": 2,
+            "selection__enabled": False,
+        }
+        run_ranks(
+            train_tiny_runs,
+            tensor_size,
+            [tiny_tree(root, **tensor), tiny_tree(root, **tensor, **plain)],
+            tmp_path=root,
+            timeout_seconds=240,
+        )
         _trained[tensor_size] = TrainedRun(root, tensor_size)
     return _trained[tensor_size]
 
@@ -194,5 +230,8 @@ def batch_of_step(run: TrainedRun, step: int) -> torch.Tensor:
 
 def snapshot(directory: Path, keep: Callable[[Path], bool] = lambda path: True) -> dict[str, tuple[int, int]]:
     """Time of last change and size of every file below ``directory``."""
-    return {str(path.relative_to(directory)): (path.stat().st_mtime_ns, path.stat().st_size)
-            for path in sorted(directory.rglob("*")) if path.is_file() and keep(path)}
+    return {
+        str(path.relative_to(directory)): (path.stat().st_mtime_ns, path.stat().st_size)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and keep(path)
+    }

@@ -15,38 +15,77 @@ TOKENS_PER_STEP = SEQUENCE_LENGTH * BATCH
 KINDS = ("docstring", "python_source", "c_header", "licence", "man_page", "data_table")
 
 
-def write_run(root: Path, method: str | None, *, seed: int = 1, final_loss: float = 5.3, state: str = "finished",
-              branch_step: int = 100, steps: int = 500, provenances: list[dict[str, Any]] | None = None) -> Path:
+def write_run(
+    root: Path,
+    method: str | None,
+    *,
+    seed: int = 1,
+    final_loss: float = 5.3,
+    state: str = "finished",
+    branch_step: int = 100,
+    steps: int = 500,
+    provenances: list[dict[str, Any]] | None = None,
+) -> Path:
     """A run directory whose evaluation loss falls as a decaying exponential from 7 to ``final_loss``.
 
     ``method`` None is a run without selection. Generation n is adopted 40 steps after its provenance's checkpoint.
     """
     root.mkdir(parents=True)
-    config = {"run": {"name": root.name, "seed": seed}, "model": {"sequence_length": SEQUENCE_LENGTH},
-              "training": {"global_batch_size": BATCH},
-              "selection": {"enabled": method is not None, "method": method or "group"}}
+    config = {
+        "run": {"name": root.name, "seed": seed},
+        "model": {"sequence_length": SEQUENCE_LENGTH},
+        "training": {"global_batch_size": BATCH},
+        "selection": {"enabled": method is not None, "method": method or "group"},
+    }
     (root / "config.yaml").write_text(yaml.safe_dump(config))
     rows: list[dict[str, Any]] = []
     log = [{"generation": 0, "effective_sample": 0, "epoch": 0, "digest": "d0"}]
     for number, provenance in enumerate(provenances or [], start=1):
         write_generation(root, number, provenance)
-        log.append({"generation": number, "effective_sample": (provenance["checkpoint_step"] + 40) * BATCH, "epoch": 0,
-                    "digest": f"d{number}"})
-        rows.append({"step": provenance["checkpoint_step"] + 35, "event": "adoption", "generation": number,
-                     "effective_sample": log[-1]["effective_sample"], "seconds": 0.01})
+        log.append(
+            {"generation": number, "effective_sample": (provenance["checkpoint_step"] + 40) * BATCH, "epoch": 0, "digest": f"d{number}"}
+        )
+        rows.append(
+            {
+                "step": provenance["checkpoint_step"] + 35,
+                "event": "adoption",
+                "generation": number,
+                "effective_sample": log[-1]["effective_sample"],
+                "seconds": 0.01,
+            }
+        )
     for step in range(branch_step, steps + 1, 20):
         position = {"step": step, "consumed_train_samples": step * BATCH, "consumed_tokens": step * TOKENS_PER_STEP}
         share = (step - branch_step) / (steps - branch_step)
         fall = (1 - math.exp(-3 * share)) / (1 - math.exp(-3))
-        rows.append({**position, "loss": 7.1 - share, "z_loss": 0.0, "grad_norm": 1.0, "learning_rate": 1e-3,
-                     "generation": 0, "seconds": 0.1, "tokens_per_second": 1e4})
+        rows.append(
+            {
+                **position,
+                "loss": 7.1 - share,
+                "z_loss": 0.0,
+                "grad_norm": 1.0,
+                "learning_rate": 1e-3,
+                "generation": 0,
+                "seconds": 0.1,
+                "tokens_per_second": 1e4,
+            }
+        )
         rows.append({**position, "evaluation_loss": 7 + (final_loss - 7) * fall})
     write_lines(root / "metrics.jsonl", rows)
     write_lines(root / "selection" / "log.jsonl", log)
-    (root / "training.json").write_text(json.dumps(
-        {"state": state, "step": steps, "consumed_tokens": steps * TOKENS_PER_STEP, "seconds": 42.0,
-         "flops": 1e6 * steps * TOKENS_PER_STEP, "branch_step": branch_step,
-         "branch_tokens": branch_step * TOKENS_PER_STEP}))
+    (root / "training.json").write_text(
+        json.dumps(
+            {
+                "state": state,
+                "step": steps,
+                "consumed_tokens": steps * TOKENS_PER_STEP,
+                "seconds": 42.0,
+                "flops": 1e6 * steps * TOKENS_PER_STEP,
+                "branch_step": branch_step,
+                "branch_tokens": branch_step * TOKENS_PER_STEP,
+            }
+        )
+    )
     return root
 
 
@@ -65,35 +104,61 @@ def write_generation(root: Path, number: int, provenance: dict[str, Any]) -> Non
 
 def full_provenance(method: str, checkpoint_step: int, favoured: str = "docstring") -> dict[str, Any]:
     """A provenance with every part."""
-    pool = [round(1000 * math.exp(-((edge - 10) / 4) ** 2)) for edge in range(20)]
+    pool = [round(1000 * math.exp(-(((edge - 10) / 4) ** 2))) for edge in range(20)]
     selected = [count if edge < 8 else round(count * math.exp(-(edge - 7))) for edge, count in enumerate(pool)]
-    share = {"group": {"group": 1.0, "individual": 0.93, "random": 0.26},
-             "individual": {"group": 0.92, "individual": 1.0, "random": 0.25},
-             "random": {"group": 0.27, "individual": 0.24, "random": 1.0}}
+    share = {
+        "group": {"group": 1.0, "individual": 0.93, "random": 0.26},
+        "individual": {"group": 0.92, "individual": 1.0, "random": 0.25},
+        "random": {"group": 0.27, "individual": 0.24, "random": 1.0},
+    }
     return {
-        "method": method, "checkpoint_tag": f"global_step{checkpoint_step}", "checkpoint_step": checkpoint_step,
-        "recipe": "default", "seed": 1,
-        "stages": {"random_rollouts": {"seconds": 9.0, "flops": 4e10}, "fit_init": {"seconds": 1.0, "flops": 1e9},
-                   "bootstrap_rollouts": {"seconds": 8.0, "flops": 4e10}, "fit_final": {"seconds": 1.5, "flops": 1e9},
-                   "embed": {"seconds": 5.0, "flops": 3e10}, "select": {"seconds": 0.7, "flops": 1e8}},
-        "fit": {"init": {"relational": {"spearman": 0.51, "pearson": 0.55, "mse": 0.71, "mae": 0.6}, "accepted": True},
-                "final": {"accepted": True, "attempts": [{"epoch": 3}],
-                          "relational": {"spearman": 0.58, "pearson": 0.62, "mse": 0.61, "mae": 0.55},
-                          "individual": {"spearman": 0.57, "pearson": 0.61, "mse": 0.62, "mae": 0.56},
-                          "constant": {"spearman": 0.0, "pearson": 0.0, "mse": 1.0, "mae": 0.8}}},
-        "selected_by_kind": {kind: {"selected": 250 if kind == favoured else 40 * index, "candidates": 400}
-                             for index, kind in enumerate(KINDS)},
+        "method": method,
+        "checkpoint_tag": f"global_step{checkpoint_step}",
+        "checkpoint_step": checkpoint_step,
+        "recipe": "default",
+        "seed": 1,
+        "stages": {
+            "random_rollouts": {"seconds": 9.0, "flops": 4e10},
+            "fit_init": {"seconds": 1.0, "flops": 1e9},
+            "bootstrap_rollouts": {"seconds": 8.0, "flops": 4e10},
+            "fit_final": {"seconds": 1.5, "flops": 1e9},
+            "embed": {"seconds": 5.0, "flops": 3e10},
+            "select": {"seconds": 0.7, "flops": 1e8},
+        },
+        "fit": {
+            "init": {"relational": {"spearman": 0.51, "pearson": 0.55, "mse": 0.71, "mae": 0.6}, "accepted": True},
+            "final": {
+                "accepted": True,
+                "attempts": [{"epoch": 3}],
+                "relational": {"spearman": 0.58, "pearson": 0.62, "mse": 0.61, "mae": 0.55},
+                "individual": {"spearman": 0.57, "pearson": 0.61, "mse": 0.62, "mae": 0.56},
+                "constant": {"spearman": 0.0, "pearson": 0.0, "mse": 1.0, "mae": 0.8},
+            },
+        },
+        "selected_by_kind": {
+            kind: {"selected": 250 if kind == favoured else 40 * index, "candidates": 400} for index, kind in enumerate(KINDS)
+        },
         "influence_histogram": {"edges": [edge / 10 - 1 for edge in range(21)], "pool": pool, "selected": selected},
-        "overlap": {"share": share, "jaccard": share}, "counts": {"candidates": 2400, "selected": 850},
+        "overlap": {"share": share, "jaccard": share},
+        "counts": {"candidates": 2400, "selected": 850},
     }
 
 
 def write_experiment(root: Path) -> list[Path]:
     """Four arms from one branch point: group, individual, similarity and random."""
     rounds = [full_provenance("group", 100), full_provenance("group", 300)]
-    cheap = [{"method": "similarity", "checkpoint_step": step, "stages": {"embed": {"seconds": 5.0, "flops": 3e10}},
-              "selected_by_kind": full_provenance("similarity", step)["selected_by_kind"]} for step in (100, 300)]
-    return [write_run(root / "group", "group", final_loss=5.28, provenances=rounds),
-            write_run(root / "individual", "individual", final_loss=5.29, provenances=rounds),
-            write_run(root / "similarity", "similarity", final_loss=5.31, provenances=cheap),
-            write_run(root / "random", "random", final_loss=5.39)]
+    cheap = [
+        {
+            "method": "similarity",
+            "checkpoint_step": step,
+            "stages": {"embed": {"seconds": 5.0, "flops": 3e10}},
+            "selected_by_kind": full_provenance("similarity", step)["selected_by_kind"],
+        }
+        for step in (100, 300)
+    ]
+    return [
+        write_run(root / "group", "group", final_loss=5.28, provenances=rounds),
+        write_run(root / "individual", "individual", final_loss=5.29, provenances=rounds),
+        write_run(root / "similarity", "similarity", final_loss=5.31, provenances=cheap),
+        write_run(root / "random", "random", final_loss=5.39),
+    ]

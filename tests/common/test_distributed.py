@@ -55,12 +55,15 @@ def test_environment_of_the_parent_is_left_alone(tmp_path, monkeypatch):
     assert dict(os.environ) == before
 
 
-@pytest.mark.parametrize(("how", "message"), [
-    ("raise", "(?s)rank 1 of 2 failed:.*in misbehave.*ValueError: the tensor on this rank is wrong"),
-    ("signal", "rank 1 of 2 died without a traceback: signal SIGKILL"),
-    ("exit", "rank 1 of 2 died without a traceback: exit code 7"),
-    ("system exit", "(?s)rank 1 of 2 failed:.*SystemExit: 0"),
-])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raise", "(?s)rank 1 of 2 failed:.*in misbehave.*ValueError: the tensor on this rank is wrong"),
+        ("signal", "rank 1 of 2 died without a traceback: signal SIGKILL"),
+        ("exit", "rank 1 of 2 died without a traceback: exit code 7"),
+        ("system exit", "(?s)rank 1 of 2 failed:.*SystemExit: 0"),
+    ],
+)
 def test_a_failing_rank_is_reported_and_its_siblings_killed(tmp_path, how, message):
     start = time.monotonic()
     with pytest.raises(RankFailure, match=message):

@@ -32,8 +32,7 @@ def full_shapes() -> dict[str, tuple[tuple[int, ...], int | None]]:
             prefix + "mlp.linear_fc1.weight": ((2 * FFN, HIDDEN), 0),
             prefix + "mlp.linear_fc2.weight": ((HIDDEN, FFN), 1),
         }
-    return shapes | {"decoder.final_layernorm.weight": ((HIDDEN,), None),
-                     "output_layer.weight": ((VOCABULARY, HIDDEN), 0)}
+    return shapes | {"decoder.final_layernorm.weight": ((HIDDEN,), None), "output_layer.weight": ((VOCABULARY, HIDDEN), 0)}
 
 
 def slice_by_hand(name: str, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
@@ -44,9 +43,9 @@ def slice_by_hand(name: str, full: torch.Tensor, rank: int, size: int) -> torch.
     if name.endswith("linear_fc1.weight"):
         width = FFN // size
         gate, up = full[:FFN], full[FFN:]
-        return torch.cat([gate[rank * width:(rank + 1) * width], up[rank * width:(rank + 1) * width]])
+        return torch.cat([gate[rank * width : (rank + 1) * width], up[rank * width : (rank + 1) * width]])
     width = full.shape[dim] // size
-    return full[rank * width:(rank + 1) * width] if dim == 0 else full[:, rank * width:(rank + 1) * width]
+    return full[rank * width : (rank + 1) * width] if dim == 0 else full[:, rank * width : (rank + 1) * width]
 
 
 class Leaf(torch.nn.Module):
@@ -68,8 +67,7 @@ class TinyModel(torch.nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(7)
         for name, (shape, _) in full_shapes().items():
-            weight, target = (slice_by_hand(name, torch.randn(shape, generator=generator), rank, size)
-                              for _ in range(2))
+            weight, target = (slice_by_hand(name, torch.randn(shape, generator=generator), rank, size) for _ in range(2))
             *path, leaf = name.removesuffix(".weight").split(".")
             module: torch.nn.Module = self
             for part in path:
@@ -148,8 +146,13 @@ class Recipe:
         return "-".join([*words, f"global_step{self.steps}"])
 
 
-def write_checkpoints(rank: int, world_size: int, tensor_size: int, recipes: list[Recipe], directory: str,
-                      ) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+def write_checkpoints(
+    rank: int,
+    world_size: int,
+    tensor_size: int,
+    recipes: list[Recipe],
+    directory: str,
+) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
     """Train and save one engine per recipe under ``directory``; for ``run_ranks``.
 
     Returns:
@@ -177,14 +180,19 @@ def write_checkpoints(rank: int, world_size: int, tensor_size: int, recipes: lis
 def build_engine(mpu: Mpu, recipe: Recipe, deepspeed: Any) -> Any:
     """An engine with AdamW in two groups, decayed and not."""
     model = TinyModel(mpu.tensor_rank, mpu.tensor_size, tied=recipe.tied)
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
-              {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1, "steps_per_print": 2**62, "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 2**62,
+        "zero_allow_untested_optimizer": True,
         # DeepSpeed clips by default, and a norm over tensor-parallel ranks is rounded otherwise than one over one rank.
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": recipe.stage, **dict(recipe.zero_options)}}
+        "zero_optimization": {"stage": recipe.stage, **dict(recipe.zero_options)},
+    }
     if recipe.precision.startswith("bf16"):
         settings["bf16"] = {"enabled": True}
     if recipe.precision == "fp16":

@@ -18,30 +18,44 @@ from tests.common.configs import tiny_config
         ({"model": {"hidden_size": 36, "num_attention_heads": 12}}, ["model.num_attention_heads: 12", "odd size 3", "even size"]),
         ({"model": {"num_query_groups": 3}}, ["model.num_query_groups: 3", "model.num_attention_heads 4"]),
         ({"parallel": {"tensor_model_parallel_size": 3}}, ["parallel.tensor_model_parallel_size: 3", "4 query groups"]),
-        ({"model": {"num_query_groups": 2}, "parallel": {"tensor_model_parallel_size": 4}},
-         ["parallel.tensor_model_parallel_size: 4", "2 query groups"]),
+        (
+            {"model": {"num_query_groups": 2}, "parallel": {"tensor_model_parallel_size": 4}},
+            ["parallel.tensor_model_parallel_size: 4", "2 query groups"],
+        ),
         ({"server": {"tensor_model_parallel_size": 3}}, ["server.tensor_model_parallel_size: 3", "4 query groups"]),
-        ({"model": {"vocab_size": 301}, "parallel": {"tensor_model_parallel_size": 2}},
-         ["parallel.tensor_model_parallel_size: 2", "model.vocab_size 301", "multiple of 2"]),
-        ({"model": {"vocab_size": 301}, "server": {"tensor_model_parallel_size": 2}},
-         ["server.tensor_model_parallel_size: 2", "model.vocab_size 301"]),
-        ({"model": {"ffn_hidden_size": 50}, "parallel": {"tensor_model_parallel_size": 4}},
-         ["parallel.tensor_model_parallel_size: 4", "SwiGLU width 50"]),
+        (
+            {"model": {"vocab_size": 301}, "parallel": {"tensor_model_parallel_size": 2}},
+            ["parallel.tensor_model_parallel_size: 2", "model.vocab_size 301", "multiple of 2"],
+        ),
+        (
+            {"model": {"vocab_size": 301}, "server": {"tensor_model_parallel_size": 2}},
+            ["server.tensor_model_parallel_size: 2", "model.vocab_size 301"],
+        ),
+        (
+            {"model": {"ffn_hidden_size": 50}, "parallel": {"tensor_model_parallel_size": 4}},
+            ["parallel.tensor_model_parallel_size: 4", "SwiGLU width 50"],
+        ),
         ({"training": {"global_batch_size": 5}}, ["training.global_batch_size: 5", "training.micro_batch_size 2"]),
         ({"optimizer": {"zero_stage": 3}}, ["optimizer.zero_stage", "use 1 or 2", "selection.enabled=false"]),
         ({"optimizer": {"warmup_iters": 21}}, ["optimizer.warmup_iters: 21", "(20 steps)"]),
         ({"optimizer": {"warmup_iters": 11, "decay_iters": 10}}, ["optimizer.warmup_iters: 11", "(10 steps)"]),
-        ({"optimizer": {"schedule": "wsd", "warmup_iters": 11, "decay_fraction": 0.5}},
-         ["optimizer.decay_fraction: 0.5 of 20 steps is 10 steps of decay", "the 11 steps of optimizer.warmup_iters"]),
+        (
+            {"optimizer": {"schedule": "wsd", "warmup_iters": 11, "decay_fraction": 0.5}},
+            ["optimizer.decay_fraction: 0.5 of 20 steps is 10 steps of decay", "the 11 steps of optimizer.warmup_iters"],
+        ),
         ({"optimizer": {"learning_rate": 1e-5}}, ["optimizer.min_learning_rate: 3e-05", "optimizer.learning_rate 1e-05"]),
         ({"data": {"reference": None}}, ["data.reference", "selection.method 'group'"]),
         ({"data": {"reference": None}, "selection": {"method": "similarity"}}, ["data.reference", "selection.method 'similarity'"]),
         ({"selection": {"ratio": 0}}, ["selection.ratio: 0", "above 0 and at most 1"]),
         ({"selection": {"mode": "blocking", "max_staleness_steps": 3}}, ["selection.max_staleness_steps", "selection.mode is 'blocking'"]),
-        ({"selection": {"recipe": "paper"}, "relational": {"labels": "momentum_corrected"}},
-         ["relational.labels: 'momentum_corrected'", "'increments'", "selection.recipe=default"]),
-        ({"selection": {"recipe": "paper"}, "relational": {"standardisation": "per_position"}},
-         ["relational.standardisation: 'per_position'", "'pooled'"]),
+        (
+            {"selection": {"recipe": "paper"}, "relational": {"labels": "momentum_corrected"}},
+            ["relational.labels: 'momentum_corrected'", "'increments'", "selection.recipe=default"],
+        ),
+        (
+            {"selection": {"recipe": "paper"}, "relational": {"standardisation": "per_position"}},
+            ["relational.standardisation: 'per_position'", "'pooled'"],
+        ),
         ({"selection": {"recipe": "paper"}, "relational": {"relation": "additive"}}, ["relational.relation: 'additive'", "'product'"]),
         ({"selection": {"recipe": "paper"}, "oracle": {"estimator": "first_order"}}, ["oracle.estimator: 'first_order'", "'exact'"]),
         ({"oracle": {"num_candidates": 16, "rollout_length": 17}}, ["oracle.num_candidates: 16", "oracle.rollout_length 17"]),
@@ -90,8 +104,10 @@ def test_world_sizes_that_do_not_fit_say_what_would() -> None:
     message = "parallel.tensor_model_parallel_size: 2 does not divide the 3 started ranks; start a multiple of 2"
     with pytest.raises(UserError, match=re.escape(message)):
         check_world_size(config, 3)
-    message = ("training.global_batch_size: 4 is not a multiple of micro_batch_size 2 x data-parallel size 3 "
-               "(6 ranks / tensor_model_parallel_size 2); choose a multiple of 6")
+    message = (
+        "training.global_batch_size: 4 is not a multiple of micro_batch_size 2 x data-parallel size 3 "
+        "(6 ranks / tensor_model_parallel_size 2); choose a multiple of 6"
+    )
     with pytest.raises(UserError, match=re.escape(message)):
         check_world_size(config, 6)
 

@@ -146,8 +146,15 @@ def test_an_override_into_a_section_that_is_no_mapping() -> None:
 
 
 def test_what_is_dumped_reads_back() -> None:
-    config = parse("optimizer.learning_rate=1e-5", "optimizer.min_learning_rate=1e-7", "model.transformer_engine=off", "run.name='007'",
-                   "selection.max_refreshes=2", "oracle.estimator=first_order", data={"pool": "a: b # c"})
+    config = parse(
+        "optimizer.learning_rate=1e-5",
+        "optimizer.min_learning_rate=1e-7",
+        "model.transformer_engine=off",
+        "run.name='007'",
+        "selection.max_refreshes=2",
+        "oracle.estimator=first_order",
+        data={"pool": "a: b # c"},
+    )
     assert parse_config(dump_config(config)) == config
     assert config_from_dict(config_to_dict(config)) == config
     assert parse_config(dump_config(tiny_config())) == tiny_config()
@@ -172,13 +179,36 @@ def test_every_setting_is_explained_and_immutable() -> None:
 
 def test_differences_leave_out_what_a_resumed_run_may_change() -> None:
     saved = tiny_config()
-    changed = tiny_config(run={"name": "b", "output_dir": "elsewhere"}, training={"train_iters": 40, "log_interval": 1},
-                          server={"tensor_model_parallel_size": 2}, checkpoint={"save_interval": 7})
+    end = saved.training.train_iters
+    changed = tiny_config(
+        run={"name": "b", "output_dir": "elsewhere"},
+        training={"train_iters": 40, "log_interval": 1},
+        optimizer={"decay_iters": end},
+        server={"tensor_model_parallel_size": 2},
+        checkpoint={"save_interval": 7},
+    )
     assert config_differences(saved, changed) == []
-    changed = tiny_config(run={"seed": 5}, training={"train_iters": 40, "global_batch_size": 8}, optimizer={"schedule": "wsd"})
+    changed = tiny_config(run={"seed": 5}, training={"global_batch_size": 8}, optimizer={"schedule": "wsd"})
     assert config_differences(saved, changed) == [
         "run.seed: 1234 -> 5",
         "training.global_batch_size: 4 -> 8",
         "optimizer.schedule: 'cosine' -> 'wsd'",
     ]
     assert config_differences(saved, saved) == []
+
+
+def test_a_longer_run_must_not_get_another_schedule_unnoticed() -> None:
+    saved, longer = tiny_config(training={"train_iters": 20}), tiny_config(training={"train_iters": 40})
+    assert config_differences(saved, longer) == [
+        "optimizer.decay_iters: 20 -> 40 (it follows training.train_iters when unset; "
+        "set optimizer.decay_iters=20 to go on with the saved schedule)"
+    ]
+    kept = tiny_config(training={"train_iters": 40}, optimizer={"decay_iters": 20})
+    assert config_differences(saved, kept) == []
+    constant = {"schedule": "constant"}
+    assert (
+        config_differences(
+            tiny_config(training={"train_iters": 20}, optimizer=constant), tiny_config(training={"train_iters": 40}, optimizer=constant)
+        )
+        == []
+    )

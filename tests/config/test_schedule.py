@@ -45,8 +45,9 @@ def plain_rate(schedule: str, step: int, peak: float, low: float, warmup: int, e
     step=st.integers(1, 150),
 )
 @settings(deadline=None, max_examples=200)
-def test_it_equals_the_plain_formula(schedule: str, peak: float, low_share: float, warmup: int, end: int | None, fraction: float,
-                                     step: int) -> None:
+def test_it_equals_the_plain_formula(
+    schedule: str, peak: float, low_share: float, warmup: int, end: int | None, fraction: float, step: int
+) -> None:
     last = 100 if end is None else end
     assume(schedule != "wsd" or warmup + max(1, round(fraction * last)) <= last)
     low = peak * low_share

@@ -13,8 +13,9 @@ from megatron_groupmates.influence.bootstrap import beam_search, bootstrap_rollo
 from megatron_groupmates.influence.relation import Relation
 
 
-def plain_beam_search(embeddings: np.ndarray, individual: np.ndarray, relation: Relation, num_steps: int,
-                      num_beams: int, num_extensions: int, sign: float) -> list[tuple[int, ...]]:
+def plain_beam_search(
+    embeddings: np.ndarray, individual: np.ndarray, relation: Relation, num_steps: int, num_beams: int, num_extensions: int, sign: float
+) -> list[tuple[int, ...]]:
     """Method as published, over Python tuples: (sum, rollout), every candidate scored at every step."""
     numbers = range(len(individual))
     beams = sorted((sign * float(individual[x]), (x,)) for x in numbers)[:num_beams]
@@ -40,14 +41,23 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 relations = st.one_of(
     st.builds(Relation, alpha=st.sampled_from([1.0, 0.6, -0.8]), tau=st.sampled_from([0.3, 1.0, 2.0])),
-    st.builds(Relation, kind=st.just("additive"), gamma=st.sampled_from([0.7, -0.4]), offset=st.just(0.1)))
+    st.builds(Relation, kind=st.just("additive"), gamma=st.sampled_from([0.7, -0.4]), offset=st.just(0.1)),
+)
 
 
 @settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 10**6), relation=relations, num_beams=st.integers(1, 6), num_extensions=st.integers(1, 4),
-       num_candidates=st.integers(4, 14), direction=st.sampled_from(["lowest", "highest"]), ties=st.booleans())
-def test_equals_the_plain_search(seed: int, relation: Relation, num_beams: int, num_extensions: int,
-                                 num_candidates: int, direction: str, ties: bool) -> None:
+@given(
+    seed=st.integers(0, 10**6),
+    relation=relations,
+    num_beams=st.integers(1, 6),
+    num_extensions=st.integers(1, 4),
+    num_candidates=st.integers(4, 14),
+    direction=st.sampled_from(["lowest", "highest"]),
+    ties=st.booleans(),
+)
+def test_equals_the_plain_search(
+    seed: int, relation: Relation, num_beams: int, num_extensions: int, num_candidates: int, direction: str, ties: bool
+) -> None:
     rng = np.random.default_rng(seed)
     embeddings, individual = unit(rng.standard_normal((num_candidates, 5))), rng.standard_normal(num_candidates)
     if ties:
@@ -62,8 +72,7 @@ def test_equals_the_plain_search(seed: int, relation: Relation, num_beams: int, 
 
 @pytest.mark.parametrize("relation", [Relation(tau=0.5), Relation(alpha=-1.0), Relation(kind="additive", gamma=0.5)])
 @pytest.mark.parametrize("direction", ["lowest", "highest"])
-def test_shortlists_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, relation: Relation,
-                                              direction: str) -> None:
+def test_shortlists_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, relation: Relation, direction: str) -> None:
     rng = np.random.default_rng(1)
     embeddings = unit(rng.standard_normal((700, 8))).astype(np.float32)
     individual = rng.standard_normal(700)

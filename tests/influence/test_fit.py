@@ -150,11 +150,16 @@ def test_bad_input_is_named() -> None:
         fit_relational(np.ones((5, 2, 4), np.float32), np.ones((5, 3)), SETTINGS, 0)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"epochs": 0}, "epochs is 0; it must be above 0"), ({"embedding_dim": 0}, "embedding_dim is 0"),
-    ({"max_refits": -1}, "max_refits is -1; it must be at least 0"),
-    ({"held_out_fraction": 1.0}, r"held_out_fraction is 1\.0"),
-    ({"relation": "none"}, "relation is 'none'; choose product or additive")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0; it must be above 0"),
+        ({"embedding_dim": 0}, "embedding_dim is 0"),
+        ({"max_refits": -1}, "max_refits is -1; it must be at least 0"),
+        ({"held_out_fraction": 1.0}, r"held_out_fraction is 1\.0"),
+        ({"relation": "none"}, "relation is 'none'; choose product or additive"),
+    ],
+)
 def test_settings_are_checked(change: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         dataclasses.replace(SETTINGS, **change)

@@ -34,15 +34,15 @@ def test_momentum_correction_inverts_adams_average_and_per_position_statistics_r
     corrected = momentum_corrected(influences, beta1)
     np.testing.assert_allclose(corrected[:, 1:], own[:, 1:], atol=1e-12)
     np.testing.assert_allclose(corrected[:, 0] - own[:, 0], beta1 * carried / (1 - beta1), atol=1e-12)
-    np.testing.assert_allclose(Standardiser.fit(corrected, "per_position").apply(corrected),
-                               Standardiser.fit(own, "per_position").apply(own), atol=1e-10)
+    np.testing.assert_allclose(
+        Standardiser.fit(corrected, "per_position").apply(corrected), Standardiser.fit(own, "per_position").apply(own), atol=1e-10
+    )
 
 
 def test_influence_labels_by_kind() -> None:
     losses = np.random.default_rng(1).random((5, 4))
     np.testing.assert_array_equal(influence_labels(losses, "increments", 0.9), increments(losses))
-    np.testing.assert_array_equal(influence_labels(losses, "momentum_corrected", 0.9),
-                                  momentum_corrected(increments(losses), 0.9))
+    np.testing.assert_array_equal(influence_labels(losses, "momentum_corrected", 0.9), momentum_corrected(increments(losses), 0.9))
     with pytest.raises(UserError, match="labels is 'raw'; choose one of increments, momentum_corrected"):
         influence_labels(losses, "raw", 0.9)
     with pytest.raises(UserError, match=r"beta1 is 1\.0"):

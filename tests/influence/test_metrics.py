@@ -22,7 +22,7 @@ def test_correlations_equal_scipy(levels: int) -> None:
 def test_metrics_of_a_perfect_a_reversed_and_a_constant_prediction() -> None:
     targets = np.array([[1.0, 2.0], [4.0, 8.0]])
     assert fit_metrics(targets, targets) == pytest.approx({"spearman": 1, "pearson": 1, "mse": 0, "mae": 0})
-    assert spearman(-targets**3, targets) == pytest.approx(-1)
+    assert spearman(-(targets**3), targets) == pytest.approx(-1)
     constant = fit_metrics(np.full((2, 2), 0.1), targets)
     assert constant["spearman"] == constant["pearson"] == 0
     assert constant["mae"] == pytest.approx(3.65)

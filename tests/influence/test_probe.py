@@ -59,8 +59,10 @@ def state_of(probe: Any) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def saved_state(checkpoint: ZeroCheckpoint, groups: Any) -> dict[str, dict[str, torch.Tensor]]:
-    return {kind: {name: checkpoint.read_slice(name, kind, groups.tensor_rank, groups.tensor_size) for name in checkpoint.names}
-            for kind in KINDS}
+    return {
+        kind: {name: checkpoint.read_slice(name, kind, groups.tensor_rank, groups.tensor_size) for name in checkpoint.names}
+        for kind in KINDS
+    }
 
 
 def differences(found: dict[str, dict[str, torch.Tensor]], expected: dict[str, dict[str, torch.Tensor]]) -> list[str]:
@@ -73,8 +75,10 @@ def relative_error(found: dict[str, dict[str, torch.Tensor]], expected: dict[str
     """For each kind the distance over the size of the whole."""
     result = {}
     for kind in KINDS:
-        squares = [((found[kind][name].double() - value.double()).square().sum(), value.double().square().sum())
-                   for name, value in expected[kind].items()]
+        squares = [
+            ((found[kind][name].double() - value.double()).square().sum(), value.double().square().sum())
+            for name, value in expected[kind].items()
+        ]
         result[kind] = math.sqrt(sum(float(error) for error, _ in squares) / sum(float(size) for _, size in squares))
     return result
 
@@ -87,8 +91,13 @@ def follow_trainer(run: TrainedRun, groups: Any, step: int, which: str = "run", 
     probe.load(before)
     loaded = state_of(probe)
     norm = probe.step(batch_of_step(run, step + 1), learning_rate(config, step + 1))
-    return {"loaded": loaded, "before": saved_state(before, groups), "stepped": state_of(probe), "after": saved_state(after, groups),
-            "norm": norm}
+    return {
+        "loaded": loaded,
+        "before": saved_state(before, groups),
+        "stepped": state_of(probe),
+        "after": saved_state(after, groups),
+        "norm": norm,
+    }
 
 
 PLAIN = {"model__z_loss": 0.0, "training__gradient_clipping": 0.0, "training__train_iters": 2}
@@ -111,9 +120,13 @@ def two_ranks(rank: int, world_size: int, own: TrainedRun, other: TrainedRun) ->
     own_probe.load(ZeroCheckpoint(own.tag(STEP)))
     gradient = own_probe.reference_gradient()
     sharded = own_probe._flat[0].num_sharded == gradient[0].numel() and own_probe._flat[1].num_sharded == 0
-    return {"steps": {step: follow_trainer(own, groups, step) for step in (1, STEP, 4)},
-            "plain": follow_trainer(own, groups, 1, "plain", **PLAIN), "other": follow_trainer(other, groups, STEP),
-            "inner": measure_inner_product(other, groups), "sharded": sharded}
+    return {
+        "steps": {step: follow_trainer(own, groups, step) for step in (1, STEP, 4)},
+        "plain": follow_trainer(own, groups, 1, "plain", **PLAIN),
+        "other": follow_trainer(other, groups, STEP),
+        "inner": measure_inner_product(other, groups),
+        "sharded": sharded,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -167,12 +180,15 @@ class TestTheTrainersStep:
         for rank in on_two_ranks:
             assert_follows(rank["plain"])
 
-    @pytest.mark.parametrize(("changes", "kinds"), [
-        ({"model__z_loss": 0.0}, {"param", "exp_avg", "exp_avg_sq"}),
-        ({"training__gradient_clipping": 0.0}, {"param", "exp_avg", "exp_avg_sq"}),
-        ({"optimizer__weight_decay": 0.0}, {"param"}),
-        ({"optimizer__learning_rate": 2e-2}, {"param"}),
-    ])
+    @pytest.mark.parametrize(
+        ("changes", "kinds"),
+        [
+            ({"model__z_loss": 0.0}, {"param", "exp_avg", "exp_avg_sq"}),
+            ({"training__gradient_clipping": 0.0}, {"param", "exp_avg", "exp_avg_sq"}),
+            ({"optimizer__weight_decay": 0.0}, {"param"}),
+            ({"optimizer__learning_rate": 2e-2}, {"param"}),
+        ],
+    )
     def test_every_setting_matters(self, runs, groups, changes, kinds):
         # Else equality with the trainer would say nothing about it.
         result = follow_trainer(runs[1], groups, STEP, **changes)
@@ -260,8 +276,10 @@ def test_inner_product_by_hand(loaded, runs):
     gradient, before = loaded.reference_gradient(), loaded.masters()
     assert loaded.inner_product(gradient, before) == 0.0
     loaded.step(batch_of_step(runs[1], 1)[:1], 1e-2)
-    expected = sum(float((g.double() * (after.double() - old.double())).sum())
-                   for g, after, old in zip(gradient, loaded.masters(), before, strict=True))
+    expected = sum(
+        float((g.double() * (after.double() - old.double())).sum())
+        for g, after, old in zip(gradient, loaded.masters(), before, strict=True)
+    )
     assert loaded.inner_product(gradient, before) == pytest.approx(expected, rel=1e-6)
 
 
@@ -293,13 +311,22 @@ def test_bfloat16_steps_from_float32_masters_and_restores_exactly(runs, groups):
     assert loss == pytest.approx(exact.reference_loss(), rel=2e-2)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"model__ffn_hidden_size": 64}, r"parameter decoder.layers.0.mlp.linear_fc1.weight: the checkpoint's slice for tensor-parallel "
-     r"rank 0 of 1 has shape \(96, 32\), the config's model \(128, 32\): the checkpoint is of another model"),
-    ({"model__vocab_size": 300}, r"parameter embedding.word_embeddings.weight: .* has shape \(256, 32\), the config's model \(300, 32\)"),
-    ({"model__num_layers": 3}, r"the config's model has parameter decoder.layers.2\S+, the checkpoint has not"),
-    ({"model__num_layers": 1}, r"the checkpoint has parameter decoder.layers.1\S+, the config's model has not"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model__ffn_hidden_size": 64},
+            r"parameter decoder.layers.0.mlp.linear_fc1.weight: the checkpoint's slice for tensor-parallel "
+            r"rank 0 of 1 has shape \(96, 32\), the config's model \(128, 32\): the checkpoint is of another model",
+        ),
+        (
+            {"model__vocab_size": 300},
+            r"parameter embedding.word_embeddings.weight: .* has shape \(256, 32\), the config's model \(300, 32\)",
+        ),
+        ({"model__num_layers": 3}, r"the config's model has parameter decoder.layers.2\S+, the checkpoint has not"),
+        ({"model__num_layers": 1}, r"the checkpoint has parameter decoder.layers.1\S+, the config's model has not"),
+    ],
+)
 def test_another_models_checkpoint_is_refused(runs, groups, changes, message):
     probe = build_probe(runs[1].config(**changes), groups)
     with pytest.raises(UserError, match=message):

@@ -46,9 +46,9 @@ def test_additive_scores_equal_the_loop() -> None:
     rng = np.random.default_rng(4)
     embeddings, individual = rng.standard_normal((5, 3)), rng.standard_normal(5)
     expected = [individual[0]] + [
-        individual[t] + 0.6 * np.mean([embeddings[t] @ embeddings[j] for j in range(t)]) - 0.2 for t in range(1, 5)]
-    scores = rollout_scores("additive", torch.tensor(embeddings), torch.tensor(individual), alpha=1.0, tau=1.0,
-                            gamma=0.6, offset=-0.2)
+        individual[t] + 0.6 * np.mean([embeddings[t] @ embeddings[j] for j in range(t)]) - 0.2 for t in range(1, 5)
+    ]
+    scores = rollout_scores("additive", torch.tensor(embeddings), torch.tensor(individual), alpha=1.0, tau=1.0, gamma=0.6, offset=-0.2)
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-12)
 
 

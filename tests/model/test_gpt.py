@@ -48,7 +48,10 @@ def compute(rank: int, world_size: int) -> dict[str, Any]:
     with torch.no_grad():
         later = gather(token_logits(model, changed), -1, groups)
     return {
-        "logits": gather(logits.detach(), -1, groups), "later": later, "hidden": hidden, "weights": weights,
+        "logits": gather(logits.detach(), -1, groups),
+        "later": later,
+        "hidden": hidden,
+        "weights": weights,
         "gradients": {name: whole(name, p, p.grad, groups) for name, p in model.named_parameters()},
     }
 
@@ -129,8 +132,9 @@ def test_attention_equals_plain_softmax(one, num_groups, explicit_mask):
     from megatron_groupmates.model.attention import SDPACoreAttention
 
     s, b, n, d = 6, 2, 4, 8
-    config = TransformerConfig(num_layers=1, hidden_size=n * d, num_attention_heads=n, num_query_groups=num_groups,
-                               hidden_dropout=0.0, attention_dropout=0.0)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=n * d, num_attention_heads=n, num_query_groups=num_groups, hidden_dropout=0.0, attention_dropout=0.0
+    )
     attention = SDPACoreAttention(config, 1, AttnMaskType.causal, "self")
     generator = torch.Generator().manual_seed(num_groups)
     query = torch.randn(s, b, n, d, generator=generator)

@@ -37,8 +37,14 @@ def reference(scale: float) -> dict[str, torch.Tensor]:
     loss = (cross_entropy + Z_LOSS * squared) / scored.sum()
     (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (without_z,) = torch.autograd.grad(cross_entropy / scored.sum(), logits)
-    return {"cross_entropy": cross_entropy.detach(), "squared": squared.detach(), "num_tokens": scored.sum(),
-            "loss": loss.detach(), "gradient": gradient, "without_z": without_z}
+    return {
+        "cross_entropy": cross_entropy.detach(),
+        "squared": squared.detach(),
+        "num_tokens": scored.sum(),
+        "loss": loss.detach(),
+        "gradient": gradient,
+        "without_z": without_z,
+    }
 
 
 def measure(rank: int, world_size: int, scale: float) -> dict[str, torch.Tensor]:
@@ -49,8 +55,14 @@ def measure(rank: int, world_size: int, scale: float) -> dict[str, torch.Tensor]
     loss = losses.training_loss(Z_LOSS)
     (gradient,) = torch.autograd.grad(loss, mine, retain_graph=True)
     (without_z,) = torch.autograd.grad(losses.training_loss(0.0), mine)
-    return {"cross_entropy": losses.cross_entropy.detach(), "squared": losses.squared_log_partition.detach(),
-            "num_tokens": losses.num_tokens, "loss": loss.detach(), "gradient": gradient, "without_z": without_z}
+    return {
+        "cross_entropy": losses.cross_entropy.detach(),
+        "squared": losses.squared_log_partition.detach(),
+        "num_tokens": losses.num_tokens,
+        "loss": loss.detach(),
+        "gradient": gradient,
+        "without_z": without_z,
+    }
 
 
 def measure_scales(rank: int, world_size: int) -> dict[float, dict[str, torch.Tensor]]:

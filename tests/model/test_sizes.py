@@ -38,8 +38,9 @@ def test_floating_point_operations_by_hand():
     assert size.training_flops_per_token == 3 * size.forward_flops_per_token
 
 
-@pytest.mark.parametrize(("stage", "divided"), [(0, ()), (1, ("optimizer",)), (2, ("optimizer", "gradients")),
-                                                (3, ("optimizer", "gradients", "weights"))])
+@pytest.mark.parametrize(
+    ("stage", "divided"), [(0, ()), (1, ("optimizer",)), (2, ("optimizer", "gradients")), (3, ("optimizer", "gradients", "weights"))]
+)
 def test_zero_divides_its_parts_over_data_parallel_ranks(stage, divided):
     config = tiny_config("unused", optimizer__zero_stage=stage, selection__enabled=False)
     alone, spread = training_bytes_per_gpu(config, 1), training_bytes_per_gpu(config, 4)

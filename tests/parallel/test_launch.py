@@ -18,10 +18,17 @@ def test_no_launcher_is_a_world_of_one() -> None:
 
 
 def test_torchrun_and_deepspeed() -> None:
-    environment = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "host",
-                   "MASTER_PORT": "29777"}
+    environment = {
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "8",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "host",
+        "MASTER_PORT": "29777",
+    }
     assert read_launch_environment(environment) == LaunchEnvironment(
-        rank=5, local_rank=1, world_size=8, local_world_size=4, master_addr="host", master_port=29777)
+        rank=5, local_rank=1, world_size=8, local_world_size=4, master_addr="host", master_port=29777
+    )
     assert read_launch_environment(environment, local_rank=3).local_rank == 1, "the environment wins"
 
 
@@ -32,10 +39,16 @@ def test_deepspeed_tells_its_local_size_by_another_name() -> None:
 
 
 def test_srun_where_no_other_launcher_spoke() -> None:
-    slurm = {"SLURM_PROCID": "6", "SLURM_LOCALID": "2", "SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4(x2)",
-             "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
+    slurm = {
+        "SLURM_PROCID": "6",
+        "SLURM_LOCALID": "2",
+        "SLURM_NTASKS": "8",
+        "SLURM_NTASKS_PER_NODE": "4(x2)",
+        "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+    }
     assert read_launch_environment(slurm) == LaunchEnvironment(
-        rank=6, local_rank=2, world_size=8, local_world_size=4, master_addr="10.0.0.7", master_port=29500)
+        rank=6, local_rank=2, world_size=8, local_world_size=4, master_addr="10.0.0.7", master_port=29500
+    )
     assert read_launch_environment({**slurm, "MASTER_ADDR": "first", "MASTER_PORT": "1234"}).master_addr == "first"
     both = {**slurm, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     assert (read_launch_environment(both).rank, read_launch_environment(both).world_size) == (0, 2)

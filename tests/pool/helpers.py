@@ -27,8 +27,12 @@ def tokenizer_json() -> bytes:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>", "<|padding|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 20, trainer)
     return tokenizer.to_str().encode()
 
@@ -41,8 +45,14 @@ def tiny_tokenizer() -> PoolTokenizer:
 def documents(count: int, seed: int = 0, kinds: Sequence[str] = ("web", "book")) -> list[dict[str, Any]]:
     """Records in DCLM's form, of 1 to 60 words each."""
     generator = np.random.default_rng(seed)
-    return [{"text": " ".join(generator.choice(WORDS, size=generator.integers(1, 60))), "url": f"http://x/{seed}/{number}",
-             "metadata": {"kind": kinds[number % len(kinds)]}} for number in range(count)]
+    return [
+        {
+            "text": " ".join(generator.choice(WORDS, size=generator.integers(1, 60))),
+            "url": f"http://x/{seed}/{number}",
+            "metadata": {"kind": kinds[number % len(kinds)]},
+        }
+        for number in range(count)
+    ]
 
 
 def write_raw(path: Path, records: Sequence[dict[str, Any] | bytes], num_frames: int = 3) -> Path:
@@ -59,9 +69,15 @@ def write_raw(path: Path, records: Sequence[dict[str, Any] | bytes], num_frames:
     return path
 
 
-def make_pool(directory: Path, rows_per_shard: Sequence[int] = (5, 8, 3), length: int = 9, seed: int = 0,
-              samples: Sequence[np.ndarray] | None = None, member_format: str = "raw",
-              vocab_size: int = 300) -> PoolIndex:
+def make_pool(
+    directory: Path,
+    rows_per_shard: Sequence[int] = (5, 8, 3),
+    length: int = 9,
+    seed: int = 0,
+    samples: Sequence[np.ndarray] | None = None,
+    member_format: str = "raw",
+    vocab_size: int = 300,
+) -> PoolIndex:
     """A pool of random ids, written and opened again; ``samples`` gives the ids instead."""
     generator = np.random.default_rng(seed)
     if samples is None:
@@ -74,9 +90,15 @@ def make_pool(directory: Path, rows_per_shard: Sequence[int] = (5, 8, 3), length
         first += rows
     tokenizer = tiny_tokenizer()
     (directory / TOKENIZER_FILE).write_bytes(tokenizer.content)
-    facts = PoolFacts(member_format=member_format, token_dtype=dtype, vocab_size=vocab_size, eot_id=0,
-                      tokenizer={"name": "tiny", "fingerprint": tokenizer.fingerprint}, kinds=["web", "book"],
-                      made_by={})
+    facts = PoolFacts(
+        member_format=member_format,
+        token_dtype=dtype,
+        vocab_size=vocab_size,
+        eot_id=0,
+        tokenizer={"name": "tiny", "fingerprint": tokenizer.fingerprint},
+        kinds=["web", "book"],
+        made_by={},
+    )
     write_manifest(directory, shards)
     write_index(directory, facts, shards, (np.arange(first) % 3 - 1).astype(np.int16))
     return PoolIndex.open(directory)

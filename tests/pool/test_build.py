@@ -48,10 +48,14 @@ def test_packing_equals_the_plain_way(lengths: list[int], cuts: set[int], length
         counts = [int((owner[here] == document).sum()) for document in present]
         expected_counts.append(len(present))
         expected_main.append(present[int(np.argmax(counts))])
-        expected_parts += [(document, int(place[here][owner[here] == document][0]), count)
-                           for document, count in zip(present, counts, strict=True)]
-    parts = [part for block in blocks for part in zip(
-        block.part_document.tolist(), block.part_first_token.tolist(), block.part_num_tokens.tolist(), strict=True)]
+        expected_parts += [
+            (document, int(place[here][owner[here] == document][0]), count) for document, count in zip(present, counts, strict=True)
+        ]
+    parts = [
+        part
+        for block in blocks
+        for part in zip(block.part_document.tolist(), block.part_first_token.tolist(), block.part_num_tokens.tolist(), strict=True)
+    ]
     assert parts == expected_parts
     assert [number for block in blocks for number in block.main_document.tolist()] == expected_main
     assert [number for block in blocks for number in block.parts_per_sample.tolist()] == expected_counts
@@ -74,11 +78,11 @@ def raw(directory: Path) -> Path:
 def plain_streams(directory: Path) -> dict[str, list[int]]:
     """Ids of each input file, document after document, each followed by the end-of-text token."""
     tokenizer = tiny_tokenizer()
-    generated = {"web.jsonl.zst": documents(120, 1), "sub/book.jsonl.gz": documents(80, 2),
-                 "none.jsonl": [{"text": "no kind here"}]}
-    return {name: [token for record in records
-                   for token in [*tokenizer.encode_batch([record["text"]])[0].tolist(), tokenizer.eot_id]]
-            for name, records in generated.items()}
+    generated = {"web.jsonl.zst": documents(120, 1), "sub/book.jsonl.gz": documents(80, 2), "none.jsonl": [{"text": "no kind here"}]}
+    return {
+        name: [token for record in records for token in [*tokenizer.encode_batch([record["text"]])[0].tolist(), tokenizer.eot_id]]
+        for name, records in generated.items()
+    }
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -91,8 +95,7 @@ def test_packed_pool_holds_every_context_once(tmp_path: Path) -> None:
     assert built
     index = PoolIndex.open(tmp_path / "pool")
     streams = plain_streams(tmp_path)
-    expected = [tuple(stream[first : first + 33]) for stream in streams.values()
-                for first in range(0, len(stream) - 32, 33)]
+    expected = [tuple(stream[first : first + 33]) for stream in streams.values() for first in range(0, len(stream) - 32, 33)]
     found = [tuple(tokens.tolist()) for tokens in PoolReader(index).read_many(range(index.num_samples))]
     assert sorted(found) == sorted(expected)
     assert found != [context for name in sorted(streams) for context in expected if context in streams[name]]
@@ -107,7 +110,9 @@ def test_packed_pool_holds_every_context_once(tmp_path: Path) -> None:
     assert summary["tokens_in_pool"] == index.num_tokens
     rejects = [json.loads(line) for line in (tmp_path / "pool" / "rejects.jsonl").read_text().splitlines()]
     assert [(item["file"], item["line"], item["kind"]) for item in rejects] == [
-        ("none.jsonl", 2, "broken_json"), ("none.jsonl", 3, "empty_text")]
+        ("none.jsonl", 2, "broken_json"),
+        ("none.jsonl", 3, "empty_text"),
+    ]
     assert not (tmp_path / "pool" / "tokens.spool").exists()
 
 
@@ -146,8 +151,7 @@ def test_one_sample_per_document_pool(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("member_format", ["raw", "json.gz"])
-def test_same_arguments_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                            member_format: str) -> None:
+def test_same_arguments_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member_format: str) -> None:
     """Whatever the number of workers, the batches, where the data lies and in which order it is named."""
     options = BuildOptions(pack=17, samples_per_shard=60, seed=4, member_format=member_format)
     build_pool([raw(tmp_path / "raw")], tmp_path / "a", tiny_tokenizer(), options)
@@ -207,10 +211,13 @@ def test_no_sample_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"pack": 1}, "at least 2 tokens, not 1; change --pack"),
-    ({"samples_per_shard": 0}, "at least 1 sample, not 0; change --samples-per-shard"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pack": 1}, "at least 2 tokens, not 1; change --pack"),
+        ({"samples_per_shard": 0}, "at least 1 sample, not 0; change --samples-per-shard"),
+    ],
+)
 def test_options_out_of_range(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         BuildOptions(**options)
@@ -222,9 +229,15 @@ def test_too_many_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         build_pool([raw(tmp_path / "raw")], tmp_path / "pool", tiny_tokenizer(), BuildOptions())
 
 
-@pytest.mark.parametrize("target", [
-    "megatron_groupmates.pool.build.write_shard", "megatron_groupmates.pool.build.write_sources",
-    "megatron_groupmates.pool.index.write_json", "megatron_groupmates.utils.files.os.fsync"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "megatron_groupmates.pool.build.write_shard",
+        "megatron_groupmates.pool.build.write_sources",
+        "megatron_groupmates.pool.index.write_json",
+        "megatron_groupmates.utils.files.os.fsync",
+    ],
+)
 def test_a_full_disk_leaves_no_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -28,11 +28,9 @@ def two_generations(num_rows: int) -> SampleOrder:
     return order
 
 
-def micro_batches(order: SampleOrder, consumed: int, micro_batch_size: int, size: int, global_batch_size: int,
-                  num_steps: int) -> list[int]:
+def micro_batches(order: SampleOrder, consumed: int, micro_batch_size: int, size: int, global_batch_size: int, num_steps: int) -> list[int]:
     """Rows of ``num_steps`` global batches in the order of global samples, put together from all ranks."""
-    samplers = [iter(OrderBatchSampler(lambda: order, consumed, micro_batch_size, rank, size, global_batch_size))
-                for rank in range(size)]
+    samplers = [iter(OrderBatchSampler(lambda: order, consumed, micro_batch_size, rank, size, global_batch_size)) for rank in range(size)]
     result: list[int] = []
     for _ in range(num_steps * global_batch_size // (micro_batch_size * size)):
         for sampler in samplers:
@@ -40,11 +38,14 @@ def micro_batches(order: SampleOrder, consumed: int, micro_batch_size: int, size
     return result
 
 
-@given(micro_batch_size=st.sampled_from([1, 2, 3]), size=st.sampled_from([1, 2, 4]), accumulation=st.integers(1, 3),
-       consumed=st.integers(0, 20))
+@given(
+    micro_batch_size=st.sampled_from([1, 2, 3]),
+    size=st.sampled_from([1, 2, 4]),
+    accumulation=st.integers(1, 3),
+    consumed=st.integers(0, 20),
+)
 @settings(deadline=None, max_examples=40)
-def test_any_geometry_gives_the_global_order(micro_batch_size: int, size: int, accumulation: int,
-                                             consumed: int) -> None:
+def test_any_geometry_gives_the_global_order(micro_batch_size: int, size: int, accumulation: int, consumed: int) -> None:
     order = two_generations(60)
     global_batch_size = micro_batch_size * size * accumulation
     num_steps = (order.exhausted_at() - consumed) // global_batch_size

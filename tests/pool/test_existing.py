@@ -37,8 +37,9 @@ def dclm_shard(path: Path, samples: list[list[int]], suffix: str = ".json.gz") -
             tar.addfile(info, io.BytesIO(content))
 
 
-def dclm_directory(directory: Path, counts: tuple[int, ...] = (4, 7, 2), final_newline: bool = False,
-                   key: str = "num_sequences") -> list[list[int]]:
+def dclm_directory(
+    directory: Path, counts: tuple[int, ...] = (4, 7, 2), final_newline: bool = False, key: str = "num_sequences"
+) -> list[list[int]]:
     """Shards and a manifest in completion order; returns the samples in shard order."""
     directory.mkdir(exist_ok=True)
     generator = np.random.default_rng(0)
@@ -123,19 +124,22 @@ def test_without_a_manifest_all_tars_count(tmp_path: Path) -> None:
     assert index_existing(tmp_path, tmp_path, tiny_tokenizer()).num_shards == 3
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda path: os.remove(path / "shard_00000001.tar"), "1 of the 3 shards of .* are missing: shard_00000001; fetch"),
-    (lambda path: dclm_shard(path / "shard_00000001.tar", [[1]] * 6), "has 6 samples, the manifest says 7"),
-    (lambda path: dclm_shard(path / "shard_00000001.tar", [[1, 300]]), "row 0 has ids from 1 to 300, .* has 300: name"),
-    (lambda path: dclm_shard(path / "shard_00000001.tar", [[1]], ".txt"), "txt' is not a .json.gz of token ids"),
-    (lambda path: os.truncate(path / "shard_00000001.tar", 3000), "cannot be indexed: the archive is damaged or ends"),
-    (lambda path: os.truncate(path / "shard_00000001.tar", 2100), "cannot be indexed: unexpected end of data"),
-    (lambda path: (path / "shard_00000001.tar").write_bytes(b"x" * 3000), "shard_00000001.tar cannot be indexed"),
-    (lambda path: (path / "manifest.jsonl").write_text("{}"), "manifest.jsonl, line 1 is not an object with"),
-    (lambda path: (path / "manifest.jsonl").write_text("no"), "manifest.jsonl, line 1 is not an object with"),
-    (lambda path: (path / "manifest.jsonl").write_text(""), "has no token shards"),
-    (lambda path: dclm_directory(path, (0, 0, 0)), "the shards in .* have no sample"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: os.remove(path / "shard_00000001.tar"), "1 of the 3 shards of .* are missing: shard_00000001; fetch"),
+        (lambda path: dclm_shard(path / "shard_00000001.tar", [[1]] * 6), "has 6 samples, the manifest says 7"),
+        (lambda path: dclm_shard(path / "shard_00000001.tar", [[1, 300]]), "row 0 has ids from 1 to 300, .* has 300: name"),
+        (lambda path: dclm_shard(path / "shard_00000001.tar", [[1]], ".txt"), "txt' is not a .json.gz of token ids"),
+        (lambda path: os.truncate(path / "shard_00000001.tar", 3000), "cannot be indexed: the archive is damaged or ends"),
+        (lambda path: os.truncate(path / "shard_00000001.tar", 2100), "cannot be indexed: unexpected end of data"),
+        (lambda path: (path / "shard_00000001.tar").write_bytes(b"x" * 3000), "shard_00000001.tar cannot be indexed"),
+        (lambda path: (path / "manifest.jsonl").write_text("{}"), "manifest.jsonl, line 1 is not an object with"),
+        (lambda path: (path / "manifest.jsonl").write_text("no"), "manifest.jsonl, line 1 is not an object with"),
+        (lambda path: (path / "manifest.jsonl").write_text(""), "has no token shards"),
+        (lambda path: dclm_directory(path, (0, 0, 0)), "the shards in .* have no sample"),
+    ],
+)
 def test_damaged_shards_are_refused(tmp_path: Path, damage, message: str) -> None:
     dclm_directory(tmp_path)
     damage(tmp_path)

@@ -118,15 +118,18 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(content.replace(old, new))
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda path: (path / "rows.bin").write_bytes(b"\0" * 7), "rows.bin is damaged: SHA-256 .* generation.json says"),
-    (lambda path: (path / "rows.bin").unlink(), "rows.bin is damaged"),
-    (lambda path: (path / "generation.json").unlink(), "there is no generation 3: .*generation.json is missing"),
-    (lambda path: (path / "generation.json").write_text("{"), "generation.json is damaged"),
-    (lambda path: (path / "generation.json").write_text("{}"), "is not a generation of version 1"),
-    (lambda path: edit(path / "generation.json", "global_step40", "global_step50"), "its content has digest"),
-    (lambda path: edit(path / "generation.json", '"num_samples": 2', '"num_samples": 3'), "its content has digest"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "rows.bin").write_bytes(b"\0" * 7), "rows.bin is damaged: SHA-256 .* generation.json says"),
+        (lambda path: (path / "rows.bin").unlink(), "rows.bin is damaged"),
+        (lambda path: (path / "generation.json").unlink(), "there is no generation 3: .*generation.json is missing"),
+        (lambda path: (path / "generation.json").write_text("{"), "generation.json is damaged"),
+        (lambda path: (path / "generation.json").write_text("{}"), "is not a generation of version 1"),
+        (lambda path: edit(path / "generation.json", "global_step40", "global_step50"), "its content has digest"),
+        (lambda path: edit(path / "generation.json", '"num_samples": 2', '"num_samples": 3'), "its content has digest"),
+    ],
+)
 def test_damaged_generations_are_refused(index: PoolIndex, tmp_path: Path, damage, message: str) -> None:
     damage(write_generation(tmp_path, 3, index, np.array([2, 12]), PROVENANCE))
     with pytest.raises(UserError, match=message):

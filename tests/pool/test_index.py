@@ -135,21 +135,24 @@ def flip_byte(path: Path, position: int = 0) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda pool: os.remove(pool / "shard_00000001.tar"), "shard .*shard_00000001.tar is missing"),
-    (lambda pool: os.truncate(pool / "shard_00000001.tar", 100), "has 100 bytes, the index says 10240"),
-    (lambda pool: flip_byte(pool / "index.bin"), "index.bin is not the one the pool was made with"),
-    (lambda pool: os.truncate(pool / "index.bin", 5), "index.bin has 5 bytes, 16 samples need 288"),
-    (lambda pool: os.remove(pool / "index.bin"), "index.bin has 0 bytes"),
-    (lambda pool: flip_byte(pool / "tokenizer.json"), "tokenizer.json is not the one the pool was made with"),
-    (lambda pool: os.remove(pool / "tokenizer.json"), r"tokenizer.json is not the one .* \(SHA-256 missing"),
-    (lambda pool: os.remove(pool / "pool.json"), "is not a pool: it has no pool.json"),
-    (lambda pool: (pool / "pool.json").write_text("{"), "pool.json is damaged"),
-    (lambda pool: (pool / "pool.json").write_text("[]"), "is not the description of a pool"),
-    (lambda pool: change_facts(pool, version=9), "has version 9, this package reads 1"),
-    (lambda pool: change_facts(pool, num_samples=0), "is empty: it has no sample"),
-    (lambda pool: (pool / "pool.json").write_text('{"format": "megatron_groupmates pool", "version": 1}'), "it lacks"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda pool: os.remove(pool / "shard_00000001.tar"), "shard .*shard_00000001.tar is missing"),
+        (lambda pool: os.truncate(pool / "shard_00000001.tar", 100), "has 100 bytes, the index says 10240"),
+        (lambda pool: flip_byte(pool / "index.bin"), "index.bin is not the one the pool was made with"),
+        (lambda pool: os.truncate(pool / "index.bin", 5), "index.bin has 5 bytes, 16 samples need 288"),
+        (lambda pool: os.remove(pool / "index.bin"), "index.bin has 0 bytes"),
+        (lambda pool: flip_byte(pool / "tokenizer.json"), "tokenizer.json is not the one the pool was made with"),
+        (lambda pool: os.remove(pool / "tokenizer.json"), r"tokenizer.json is not the one .* \(SHA-256 missing"),
+        (lambda pool: os.remove(pool / "pool.json"), "is not a pool: it has no pool.json"),
+        (lambda pool: (pool / "pool.json").write_text("{"), "pool.json is damaged"),
+        (lambda pool: (pool / "pool.json").write_text("[]"), "is not the description of a pool"),
+        (lambda pool: change_facts(pool, version=9), "has version 9, this package reads 1"),
+        (lambda pool: change_facts(pool, num_samples=0), "is empty: it has no sample"),
+        (lambda pool: (pool / "pool.json").write_text('{"format": "megatron_groupmates pool", "version": 1}'), "it lacks"),
+    ],
+)
 def test_damaged_pools_are_refused(tmp_path: Path, damage, message: str) -> None:
     make_pool(tmp_path)
     damage(tmp_path)

@@ -58,20 +58,23 @@ def test_a_full_disk_leaves_the_log_as_it_was(tmp_path: Path, monkeypatch: pytes
     assert read_log(path) == (FIRST,)
 
 
-@pytest.mark.parametrize(("lines", "message"), [
-    ([line(effective_sample=5)], "must be in force from sample 0 in epoch 0, it says sample 5"),
-    ([line(epoch=1)], "must be in force from sample 0 in epoch 0, it says sample 0 in epoch 1"),
-    ([line(), line(effective_sample=9), line(effective_sample=8)], "entry 2: effective_sample 8 is below .* 9"),
-    ([line(), line(effective_sample=9, epoch=2)], "epoch 2 does not follow 0"),
-    ([line(), line(effective_sample=9, epoch=1), line(effective_sample=9)], "epoch 0 does not follow 1"),
-    ([line(), line(1, 9, 1, "b")], "epoch 1 begins with generation 1, but the samples that ran out were those of 0"),
-    ([line(), line(digest="other")], "generation 0 has digest other, an earlier entry says a"),
-    ([line(generation="0")], "line 1: generation, effective_sample and epoch must be whole numbers"),
-    ([line(effective_sample=-1)], "line 1: .* must be whole numbers from 0 on"),
-    ([line(epoch=True)], "line 1: .* must be whole numbers from 0 on"),
-    ([line(digest=4)], "digest a string"),
-    ([{"generation": 0}], "line 1: expected an object with digest, effective_sample, epoch, generation"),
-])
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([line(effective_sample=5)], "must be in force from sample 0 in epoch 0, it says sample 5"),
+        ([line(epoch=1)], "must be in force from sample 0 in epoch 0, it says sample 0 in epoch 1"),
+        ([line(), line(effective_sample=9), line(effective_sample=8)], "entry 2: effective_sample 8 is below .* 9"),
+        ([line(), line(effective_sample=9, epoch=2)], "epoch 2 does not follow 0"),
+        ([line(), line(effective_sample=9, epoch=1), line(effective_sample=9)], "epoch 0 does not follow 1"),
+        ([line(), line(1, 9, 1, "b")], "epoch 1 begins with generation 1, but the samples that ran out were those of 0"),
+        ([line(), line(digest="other")], "generation 0 has digest other, an earlier entry says a"),
+        ([line(generation="0")], "line 1: generation, effective_sample and epoch must be whole numbers"),
+        ([line(effective_sample=-1)], "line 1: .* must be whole numbers from 0 on"),
+        ([line(epoch=True)], "line 1: .* must be whole numbers from 0 on"),
+        ([line(digest=4)], "digest a string"),
+        ([{"generation": 0}], "line 1: expected an object with digest, effective_sample, epoch, generation"),
+    ],
+)
 def test_damaged_logs_are_refused(tmp_path: Path, lines: list[dict], message: str) -> None:
     path = write(tmp_path / "log.jsonl", *lines)
     with pytest.raises(UserError, match=message) as caught:

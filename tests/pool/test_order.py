@@ -107,8 +107,7 @@ def test_permute_mixes_within_a_key() -> None:
     assert 60 < ((counts - 100) ** 2 / 100).sum() < 150
 
 
-def slow_order(num_rows: int, seed: int, entries: list[LogEntry],
-               masks: dict[int, np.ndarray]) -> list[tuple[int, int, int]]:
+def slow_order(num_rows: int, seed: int, entries: list[LogEntry], masks: dict[int, np.ndarray]) -> list[tuple[int, int, int]]:
     """(row, generation, window) of every global sample, by sets and lists, straight from the semantics."""
     result: list[tuple[int, int, int]] = []
     window, consumed, served_by = 0, set(), {}
@@ -287,13 +286,16 @@ def test_past_the_end_is_an_error() -> None:
         order.consumed(4)
 
 
-@pytest.mark.parametrize(("entries", "message"), [
-    ([], "has no entry"),
-    ([entry(0, 0), entry(1, 7)], "generation 0 runs out at sample 5, but the next entry begins at 7"),
-    ([entry(0, 0), entry(0, 4, epoch=1)], "epoch 1 begins at sample 4, but generation 0 runs out at 5"),
-    ([entry(0, 1)], "must be in force from sample 0"),
-    ([entry(0, 0), entry(2, 1)], r"generation 2 must select at least one of the pool's 6 samples"),
-])
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([], "has no entry"),
+        ([entry(0, 0), entry(1, 7)], "generation 0 runs out at sample 5, but the next entry begins at 7"),
+        ([entry(0, 0), entry(0, 4, epoch=1)], "epoch 1 begins at sample 4, but generation 0 runs out at 5"),
+        ([entry(0, 1)], "must be in force from sample 0"),
+        ([entry(0, 0), entry(2, 1)], r"generation 2 must select at least one of the pool's 6 samples"),
+    ],
+)
 def test_impossible_logs_are_refused(entries: list[LogEntry], message: str) -> None:
     masks = masks_of(6, [0, 1, 2, 3, 4], [0], [])
     with pytest.raises(UserError, match=message):

@@ -76,7 +76,8 @@ def test_bad_lines_are_rejects_in_their_place(tmp_path: Path, name: str) -> None
     assert [item.text for item in read if isinstance(item, Document)] == ["fine"] * len(BAD_LINES)
     rejects = [item for item in read if isinstance(item, Reject)]
     assert [(item.file, item.line, item.kind) for item in rejects] == [
-        ("a", 3 * number + 3, kind) for number, (_, kind) in enumerate(BAD_LINES)]
+        ("a", 3 * number + 3, kind) for number, (_, kind) in enumerate(BAD_LINES)
+    ]
     assert {item.kind for item in rejects} <= set(REJECT_KINDS)
 
 

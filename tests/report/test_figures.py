@@ -15,8 +15,18 @@ from megatron_groupmates.report.read import Generation, Run
 
 def make_run(arm: str, evaluations: list[tuple[int, float]], **changes: Any) -> Run:
     values: dict[str, Any] = {
-        "label": arm, "name": arm, "arm": arm, "seed": 1, "state": "finished", "seconds": 10.0, "flops": 5000.0,
-        "consumed_tokens": 1000, "branch_tokens": 200, "tokens_per_step": 10, "evaluations": tuple(evaluations)}
+        "label": arm,
+        "name": arm,
+        "arm": arm,
+        "seed": 1,
+        "state": "finished",
+        "seconds": 10.0,
+        "flops": 5000.0,
+        "consumed_tokens": 1000,
+        "branch_tokens": 200,
+        "tokens_per_step": 10,
+        "evaluations": tuple(evaluations),
+    }
     return Run(**{**values, **changes})
 
 
@@ -27,8 +37,11 @@ def make_generation(number: int, checkpoint_step: int, **stages: float) -> Gener
 
 
 RANDOM = make_run("random", [(200, 7.0), (600, 6.0), (1000, 5.0)])
-GROUP = make_run("group", [(200, 7.0), (400, 5.5), (600, 4.5), (1000, 4.0)],
-                 generations=(make_generation(1, 20, oracle=800.0, fit=200.0), make_generation(2, 60, oracle=4000.0)))
+GROUP = make_run(
+    "group",
+    [(200, 7.0), (400, 5.5), (600, 4.5), (1000, 4.0)],
+    generations=(make_generation(1, 20, oracle=800.0, fit=200.0), make_generation(2, 60, oracle=4000.0)),
+)
 
 
 def test_tokens_to_reach_interpolates_between_two_evaluations() -> None:
@@ -65,8 +78,7 @@ def test_token_ratio_with_and_without_the_cost_of_selection() -> None:
     assert target == (5.0, 800.0)
     # 5.0 lies halfway between (400, 5.5) and (600, 4.5). By token 500 only the round of step 20 (token 200) had begun;
     # it cost 1,000 FLOPs, which at 5 FLOPs per token is 200 tokens.
-    assert figures.token_ratio(GROUP, target) == {
-        "tokens": 300.0, "ratio": 300 / 800, "ratio_with_selection": 500 / 800}
+    assert figures.token_ratio(GROUP, target) == {"tokens": 300.0, "ratio": 300 / 800, "ratio_with_selection": 500 / 800}
     assert figures.token_ratio(RANDOM, target) == {"tokens": 800.0, "ratio": 1.0, "ratio_with_selection": 1.0}
 
 
@@ -87,7 +99,9 @@ def test_random_target_is_the_mean_over_seeds() -> None:
 def test_stage_table_counts_training_since_the_branch_and_all_rounds() -> None:
     assert figures.stage_table(GROUP) == {
         "training": {"seconds": 10.0, "flops": 4000.0},
-        "oracle": {"seconds": 2.0, "flops": 4800.0}, "fit": {"seconds": 1.0, "flops": 200.0}}
+        "oracle": {"seconds": 2.0, "flops": 4800.0},
+        "fit": {"seconds": 1.0, "flops": 200.0},
+    }
     assert figures.selection_cost(GROUP.generations) == {"seconds": 3.0, "flops": 5000.0}
 
 
@@ -105,11 +119,15 @@ def test_fit_quality_keeps_the_measures_and_nothing_else() -> None:
 
 
 def test_refused_fits_are_noted() -> None:
-    generation = Generation(number=2, effective_tokens=None, provenance={
-        "fit": {"init": {"accepted": True}, "final": {"accepted": False}, "fell_back_on": "rounds/round-000001/final"}})
+    generation = Generation(
+        number=2,
+        effective_tokens=None,
+        provenance={"fit": {"init": {"accepted": True}, "final": {"accepted": False}, "fell_back_on": "rounds/round-000001/final"}},
+    )
     assert figures.notes([make_run("group", [], generations=(generation,))]) == [
         "group, generation 2: the final fit was refused, its sign was wrong.",
-        "group, generation 2: selected with an earlier model, rounds/round-000001/final."]
+        "group, generation 2: selected with an earlier model, rounds/round-000001/final.",
+    ]
 
 
 def test_standard_error_by_hand() -> None:
@@ -119,11 +137,14 @@ def test_standard_error_by_hand() -> None:
 def test_comparisons_claim_no_more_than_their_seeds_support() -> None:
     assert figures.compare("group", [5.0], "random", [5.11]) == "group ended 0.110 below random (5.000 against 5.110)."
     assert figures.compare("group", [5.01], "similarity", [5.0]) == (
-        "group and similarity differ by 0.010 (5.010 against 5.000), which one seed cannot separate.")
+        "group and similarity differ by 0.010 (5.010 against 5.000), which one seed cannot separate."
+    )
     assert figures.compare("a", [5.0, 5.02], "b", [5.1, 5.12]) == (
-        "a ended 0.100 below b (5.010 against 5.110), more than twice the standard error of the difference (0.014).")
+        "a ended 0.100 below b (5.010 against 5.110), more than twice the standard error of the difference (0.014)."
+    )
     assert figures.compare("a", [5.0, 5.2], "b", [5.1, 5.3]) == (
-        "a ended 0.100 below b (5.100 against 5.200), no more than twice the standard error of the difference (0.141).")
+        "a ended 0.100 below b (5.100 against 5.200), no more than twice the standard error of the difference (0.141)."
+    )
 
 
 def test_conclusions_compare_with_random_first_then_the_best_with_the_rest() -> None:
@@ -134,21 +155,24 @@ def test_conclusions_compare_with_random_first_then_the_best_with_the_rest() -> 
         "similarity ended 0.990 below random (4.010 against 5.000).",
         "group and similarity differ by 0.010 (4.000 against 4.010), which one seed cannot separate.",
         "similarity reached random's final loss with 0.67 of its tokens, 0.67 when the cost of selection is counted.",
-        "group reached random's final loss with 0.38 of its tokens, 0.62 when the cost of selection is counted."]
+        "group reached random's final loss with 0.38 of its tokens, 0.62 when the cost of selection is counted.",
+    ]
 
 
 def test_a_worse_arm_is_said_to_be_worse() -> None:
     worse = make_run("group", [(200, 7.0), (1000, 5.5)])
     assert figures.conclusions([RANDOM, worse])[1:] == [
-        "group ended 0.500 above random (5.500 against 5.000).", "group did not reach random's final loss."]
+        "group ended 0.500 above random (5.500 against 5.000).",
+        "group did not reach random's final loss.",
+    ]
 
 
 def test_conclusions_refuse_to_compare_what_is_not_comparable() -> None:
-    assert figures.conclusions([RANDOM]) == [
-        "There are fewer than two arms with an evaluation: nothing can be compared."]
+    assert figures.conclusions([RANDOM]) == ["There are fewer than two arms with an evaluation: nothing can be compared."]
     longer = make_run("group", [(200, 7.0), (2000, 4.0)])
     assert figures.conclusions([RANDOM, longer]) == [
-        "The arms ended at different numbers of tokens (1,000, 2,000): their final losses are not compared."]
+        "The arms ended at different numbers of tokens (1,000, 2,000): their final losses are not compared."
+    ]
     similarity = make_run("similarity", [(1000, 4.5)])
     assert "There is no random arm to compare with." in figures.conclusions([GROUP, similarity])
 
@@ -161,15 +185,23 @@ def test_one_arm_with_several_seeds_is_named_in_the_reservation() -> None:
 def test_notes_name_unfinished_runs_and_lost_evaluations() -> None:
     assert figures.notes([RANDOM, make_run("group", [], state="running", num_not_finite=2)]) == [
         "group: training is not finished (state: running).",
-        "group: 2 evaluations are left out, their loss is not finite."]
+        "group: 2 evaluations are left out, their loss is not finite.",
+    ]
 
 
 def test_summary_has_no_number_that_json_cannot_hold() -> None:
-    generation = Generation(number=1, effective_tokens=300, provenance={
-        "fit": {"final": {"relational": {"spearman": float("nan"), "pearson": 0.5, "mse": float("inf")}}}})
+    generation = Generation(
+        number=1,
+        effective_tokens=300,
+        provenance={"fit": {"final": {"relational": {"spearman": float("nan"), "pearson": 0.5, "mse": float("inf")}}}},
+    )
     summary = figures.summarise([RANDOM, make_run("group", [(1000, 4.0)], generations=(generation,))])
     assert summary["arms"]["group"]["generations"] == [
-        {"generation": 1, "effective_tokens": 300,
-         "fit": {"final": {"relational": {"spearman": None, "pearson": 0.5, "mse": None, "mae": None}}}}]
+        {
+            "generation": 1,
+            "effective_tokens": 300,
+            "fit": {"final": {"relational": {"spearman": None, "pearson": 0.5, "mse": None, "mae": None}}},
+        }
+    ]
     assert figures.generations_with(summary, "fit")[0][0] == "group"
     assert figures.generations_with(summary, "overlap") == []

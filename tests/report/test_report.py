@@ -66,16 +66,17 @@ def test_a_run_that_has_only_begun_is_read(tmp_path: Path) -> None:
 
 def test_evaluations_that_are_not_finite_are_counted_and_left_out(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", "group")
-    write_lines(run / "metrics.jsonl", [{"step": 1, "consumed_tokens": 10, "evaluation_loss": float("nan")},
-                                        {"step": 2, "consumed_tokens": 20, "evaluation_loss": 5.0}])
+    write_lines(
+        run / "metrics.jsonl",
+        [{"step": 1, "consumed_tokens": 10, "evaluation_loss": float("nan")}, {"step": 2, "consumed_tokens": 20, "evaluation_loss": 5.0}],
+    )
     assert read_run(run).evaluations == ((20, 5.0),)
     assert read_run(run).num_not_finite == 1
 
 
 def test_labels_are_the_shortest_distinct_ones() -> None:
     assert unique_labels([("group", 1, "a"), ("random", 1, "b")]) == ["group", "random"]
-    assert unique_labels([("group", 1, "a"), ("group", 2, "b"), ("random", 1, "c")]) == [
-        "group, seed 1", "group, seed 2", "random"]
+    assert unique_labels([("group", 1, "a"), ("group", 2, "b"), ("random", 1, "c")]) == ["group, seed 1", "group, seed 2", "random"]
     assert unique_labels([("group", 1, "a"), ("group", 1, "b")]) == ["group, a", "group, b"]
     assert unique_labels([("group", 1, "a"), ("group", 1, "a")]) == ["group, run 1", "group, run 2"]
 
@@ -92,9 +93,16 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("metrics.jsonl", "{broken\n"), ("training.json", "{"), ("config.yaml", "a: [\n"), ("selection/log.jsonl", "{}\n"),
-    ("selection/generation-000001/generation.json", "{")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", "{broken\n"),
+        ("training.json", "{"),
+        ("config.yaml", "a: [\n"),
+        ("selection/log.jsonl", "{}\n"),
+        ("selection/generation-000001/generation.json", "{"),
+    ],
+)
 def test_damaged_files_are_named(tmp_path: Path, name: str, content: str) -> None:
     run = write_run(tmp_path / "a", "group", provenances=[full_provenance("group", 100)])
     (run / name).write_text(content)
@@ -142,9 +150,14 @@ def test_missing_parts_are_left_out_with_a_reason(tmp_path: Path) -> None:
     (tmp_path / "a" / "config.yaml").write_text("run: {name: a}\n")
     build_report([tmp_path / "a"], tmp_path / "out")
     text = (tmp_path / "out" / "report.html").read_text()
-    for reason in ("no run has an evaluation yet", "no generation says which kinds it selected",
-                   "no generation was made with an influence model", "no generation compares the methods",
-                   "no generation was made with an oracle", "no run has recorded time or FLOPs yet"):
+    for reason in (
+        "no run has an evaluation yet",
+        "no generation says which kinds it selected",
+        "no generation was made with an influence model",
+        "no generation compares the methods",
+        "no generation was made with an oracle",
+        "no run has recorded time or FLOPs yet",
+    ):
         assert f"Left out: {reason}." in text
     assert "no selection: training is not finished (state: unknown)." in text
     assert "<svg" not in text

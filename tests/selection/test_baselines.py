@@ -33,8 +33,7 @@ def test_gumbel_order_draws_first_rows_in_proportion() -> None:
 def test_similarity_order_is_by_mean_cosine() -> None:
     rng = np.random.default_rng(0)
     embeddings, reference = rng.standard_normal((30, 5)), rng.standard_normal((4, 5)) * 7
-    cosines = [np.mean([row @ other / np.linalg.norm(row) / np.linalg.norm(other) for other in reference])
-               for row in embeddings]
+    cosines = [np.mean([row @ other / np.linalg.norm(row) / np.linalg.norm(other) for other in reference]) for row in embeddings]
     assert similarity_order(embeddings, reference).tolist() == sorted(range(30), key=lambda row: -cosines[row])
     embeddings[[3, 20]] = embeddings[11]
     order = similarity_order(embeddings, reference).tolist()

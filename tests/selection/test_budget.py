@@ -36,11 +36,10 @@ def test_equal_shares_meet_the_budget_to_within_one_sample(data: st.DataObject, 
     tokens = np.array([lengths[rows].sum() for rows in members])
     taken = take_equal_shares((iter(rows.tolist()) for rows in members), lengths, tokens, budget)
     for rows, part in zip(members, taken, strict=True):
-        assert part == rows[:len(part)].tolist()
+        assert part == rows[: len(part)].tolist()
     used = sum(int(lengths[part].sum()) for part in taken)
     assert used <= budget
-    left_out = [int(lengths[rows[len(part)]]) for rows, part in zip(members, taken, strict=True)
-                if len(part) < len(rows)]
+    left_out = [int(lengths[rows[len(part)]]) for rows, part in zip(members, taken, strict=True) if len(part) < len(rows)]
     if budget >= lengths.sum():
         assert not left_out
     else:

@@ -23,8 +23,7 @@ from megatron_groupmates.selection.greedy import (
 DATA = Path(__file__).parent.parent / "data"
 
 
-def plain_greedy(embeddings: np.ndarray, individual: np.ndarray, num_select: int,
-                 relation: Relation) -> list[tuple[int, float]]:
+def plain_greedy(embeddings: np.ndarray, individual: np.ndarray, num_select: int, relation: Relation) -> list[tuple[int, float]]:
     """Every score at every step; rows one by one, so that equal rows score bitwise alike."""
     rows, individual = np.ascontiguousarray(embeddings, np.float64), np.asarray(individual, np.float64)
     total, taken = np.zeros(rows.shape[1]), []
@@ -44,11 +43,17 @@ def make_case(seed: int, size: int, dim: int, kind: str, values: str, dtype: str
         embeddings = embeddings * 0.1 + rng.standard_normal(dim)
     if kind != "long":
         embeddings /= np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-9)
-    individual = {"normal": rng.standard_normal(size), "negative": -rng.random(size), "positive": rng.random(size),
-                  "constant": np.full(size, -0.3), "zero": np.zeros(size),
-                  "rounded": np.round(rng.standard_normal(size)),
-                  "nearly constant": -1 + 1e-4 * rng.standard_normal(size),
-                  "heavy tails": rng.standard_cauchy(size), "tiny": 1e-30 * rng.standard_normal(size)}[values]
+    individual = {
+        "normal": rng.standard_normal(size),
+        "negative": -rng.random(size),
+        "positive": rng.random(size),
+        "constant": np.full(size, -0.3),
+        "zero": np.zeros(size),
+        "rounded": np.round(rng.standard_normal(size)),
+        "nearly constant": -1 + 1e-4 * rng.standard_normal(size),
+        "heavy tails": rng.standard_cauchy(size),
+        "tiny": 1e-30 * rng.standard_normal(size),
+    }[values]
     if kind == "duplicates" and size:
         copies = rng.integers(0, -(-size // 4), size)
         embeddings, individual = embeddings[copies], individual[copies]
@@ -56,15 +61,19 @@ def make_case(seed: int, size: int, dim: int, kind: str, values: str, dtype: str
 
 
 cases = st.builds(
-    make_case, seed=st.integers(0, 10**6), size=st.one_of(st.integers(0, 3), st.integers(4, 90)),
-    dim=st.sampled_from([1, 2, 7, 33]), kind=st.sampled_from(["random", "tight", "long", "duplicates"]),
-    values=st.sampled_from(["normal", "negative", "positive", "constant", "zero", "rounded", "nearly constant",
-                            "heavy tails", "tiny"]),
-    dtype=st.sampled_from(["float16", "float32", "float64"]))
+    make_case,
+    seed=st.integers(0, 10**6),
+    size=st.one_of(st.integers(0, 3), st.integers(4, 90)),
+    dim=st.sampled_from([1, 2, 7, 33]),
+    kind=st.sampled_from(["random", "tight", "long", "duplicates"]),
+    values=st.sampled_from(["normal", "negative", "positive", "constant", "zero", "rounded", "nearly constant", "heavy tails", "tiny"]),
+    dtype=st.sampled_from(["float16", "float32", "float64"]),
+)
 relations = st.one_of(
     st.builds(Relation, alpha=st.floats(-2, 2), tau=st.one_of(st.floats(0.3, 2), st.floats(-2, -0.3))),
     st.builds(Relation, kind=st.just("additive"), gamma=st.floats(-2, 2), offset=st.floats(-1, 1)),
-    st.just(Relation(kind="none")))
+    st.just(Relation(kind="none")),
+)
 
 
 @pytest.mark.parametrize("shortlist_from", [8, 10**9])
@@ -92,12 +101,12 @@ def test_shortlist_saves_work(monkeypatch: pytest.MonkeyPatch) -> None:
     embeddings, individual = make_case(2, 1500, 48, "random", "normal", "float32")
     scored = []
     exact = greedy._Greedy._exact
-    monkeypatch.setattr(greedy._Greedy, "_exact",
-                        lambda self, rows, s, mean: (scored.append(rows.size // 48), exact(self, rows, s, mean))[1])
+    monkeypatch.setattr(
+        greedy._Greedy, "_exact", lambda self, rows, s, mean: (scored.append(rows.size // 48), exact(self, rows, s, mean))[1]
+    )
     sweeps = []
     floor = greedy._Greedy._floor
-    monkeypatch.setattr(greedy._Greedy, "_floor",
-                        lambda self, mean, drift: (sweeps.append(1), floor(self, mean, drift))[1])
+    monkeypatch.setattr(greedy._Greedy, "_floor", lambda self, mean, drift: (sweeps.append(1), floor(self, mean, drift))[1])
     greedy_select(embeddings, individual, 750, 1.0, 1.0)
     assert sum(scored) + len(sweeps) * 1500 < 0.15 * 1500 * 750
 
@@ -131,7 +140,7 @@ def test_parity_with_reference_picks() -> None:
         quota = int(float(golden["ratio"]) * len(rows))
         embeddings, individual = golden["embedding"][rows], golden["prediction"][rows]
         found = rows[greedy_select(embeddings, individual, quota, 1.0, 1.0)]
-        expected = golden["selected"][offset:offset + quota]
+        expected = golden["selected"][offset : offset + quota]
         offset += quota
         scores = [score for _, score in plain_greedy(embeddings, individual, quota, Relation())]
         for position in np.flatnonzero(found != expected):
@@ -165,8 +174,9 @@ def test_bad_input_is_named() -> None:
         greedy_select(embeddings, individual, 1, 1.0, 0.0)
 
 
-def plain_global(embeddings: np.ndarray, individual: np.ndarray, clusters: np.ndarray, lengths: np.ndarray,
-                 budget: int, relation: Relation) -> list[int]:
+def plain_global(
+    embeddings: np.ndarray, individual: np.ndarray, clusters: np.ndarray, lengths: np.ndarray, budget: int, relation: Relation
+) -> list[int]:
     taken: list[int] = []
     while True:
         offers = []
@@ -174,7 +184,7 @@ def plain_global(embeddings: np.ndarray, individual: np.ndarray, clusters: np.nd
             rows = np.flatnonzero(clusters == cluster)
             count = len(set(rows) & set(taken))
             sequence = plain_greedy(embeddings[rows], individual[rows], len(rows), relation)
-            offers += [(score, cluster, int(rows[index])) for index, score in sequence[count:count + 1]]
+            offers += [(score, cluster, int(rows[index])) for index, score in sequence[count : count + 1]]
         if not offers or lengths[[*taken, min(offers)[2]]].sum() > budget:
             return taken
         taken.append(min(offers)[2])

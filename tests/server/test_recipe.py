@@ -30,17 +30,32 @@ def test_an_explicit_setting_wins(setting, value):
     default = resolve_recipe(tiny_config("unused"))
     where = changed if setting == "labels" else changed.fit
     assert getattr(where, setting) == value
-    restored = (dataclasses.replace(changed, labels=default.labels) if setting == "labels" else
-                dataclasses.replace(changed, fit=dataclasses.replace(changed.fit, **{setting: getattr(default.fit, setting)})))
+    restored = (
+        dataclasses.replace(changed, labels=default.labels)
+        if setting == "labels"
+        else dataclasses.replace(changed, fit=dataclasses.replace(changed.fit, **{setting: getattr(default.fit, setting)}))
+    )
     assert restored == default
 
 
 @pytest.mark.parametrize("recipe", ["default", "paper"])
 def test_settings_reach_their_stage(recipe):
-    resolved = resolve_recipe(tiny_config(
-        "unused", selection__recipe=recipe, relational__embedding_dim=7, relational__learning_rate=0.5, relational__weight_decay=0.25,
-        relational__warmup_steps=9, relational__epochs=11, relational__batch_rollouts=13, relational__held_out_fraction=0.125,
-        selection__num_clusters=17, selection__kmeans_iterations=19, selection__gumbel_temperature=0.75))
+    resolved = resolve_recipe(
+        tiny_config(
+            "unused",
+            selection__recipe=recipe,
+            relational__embedding_dim=7,
+            relational__learning_rate=0.5,
+            relational__weight_decay=0.25,
+            relational__warmup_steps=9,
+            relational__epochs=11,
+            relational__batch_rollouts=13,
+            relational__held_out_fraction=0.125,
+            selection__num_clusters=17,
+            selection__kmeans_iterations=19,
+            selection__gumbel_temperature=0.75,
+        )
+    )
     fit, selection = resolved.fit, resolved.selection
     assert (fit.embedding_dim, fit.learning_rate, fit.weight_decay, fit.warmup_steps) == (7, 0.5, 0.25, 9)
     assert (fit.epochs, fit.batch_rollouts, fit.held_out_fraction) == (11, 13, 0.125)

@@ -42,6 +42,10 @@ class Killed(Exception):
     """Stands for the death of the server: not a user's error, so nothing may handle it."""
 
 
+def die(*_: Any) -> None:
+    raise Killed
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     return trained_run(1, tmp_path_factory)
@@ -103,8 +107,14 @@ class TestPublishedGeneration:
 
     def test_provenance(self, finished):
         provenance = generation(finished).provenance
-        assert {"method": "group", "recipe": "default", "checkpoint_tag": "global_step5", "checkpoint_step": 5, "seed": 5,
-                "consumed_train_samples": 20}.items() <= provenance.items()
+        assert {
+            "method": "group",
+            "recipe": "default",
+            "checkpoint_tag": "global_step5",
+            "checkpoint_step": 5,
+            "seed": 5,
+            "consumed_train_samples": 20,
+        }.items() <= provenance.items()
         assert set(provenance["stages"]) == {"load_checkpoint", *STAGES}
         assert all(set(cost) == {"seconds", "flops"} and cost["seconds"] >= 0 for cost in provenance["stages"].values())
         assert all(provenance["stages"][name]["flops"] > 0 for name in STAGES if name not in ("bootstrap", "selection"))
@@ -169,7 +179,7 @@ class TestKilledRound:
         for function in ("write_generation", "publish"):
             started.clear()
             with monkeypatch.context() as patch, pytest.raises(Killed):
-                patch.setattr(round_module, function, lambda *_: (_ for _ in ()).throw(Killed(function)))
+                patch.setattr(round_module, function, die)
                 watch.serve(config, groups, once=True)
             assert started == ["load_checkpoint"] and read_pointer(paths(config).selection) == 0
         started.clear()
@@ -216,7 +226,7 @@ class TestKilledRound:
     def test_work_under_other_settings_is_not_used(self, finished, trained, groups, tmp_path, monkeypatch, changes):
         config = trained.copy(tmp_path, STEP)
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(round_module, "embed_pool", lambda *_: (_ for _ in ()).throw(Killed))
+            patch.setattr(round_module, "embed_pool", die)
             watch.serve(config, groups, once=True)
         assert np.array_equal(oracle_losses(config), oracle_losses(finished))
         if "data__reference" in changes:
@@ -276,22 +286,33 @@ class TestFailedRound:
         assert watch.serve(config, groups, once=True)
         assert read_pointer(paths(config).selection) == 1 and not paths(config).round_failure(1).exists()
 
-    @pytest.mark.parametrize(("changes", "reason"), [
-        ({"oracle__num_candidates": 16, "oracle__num_bootstrap_rollouts": 80}, "40 diverse rollouts of 3 samples"),
-        ({"selection__ratio": 1e-3}, "generation 1 selects nothing"),
-        ({"model__ffn_hidden_size": 64}, "the checkpoint is of another model"),
-        ({"relational__encoder": "./no-such-encoder"}, "relational.encoder: cannot load './no-such-encoder'"),
-    ])
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"oracle__num_candidates": 16, "oracle__num_bootstrap_rollouts": 80}, "40 diverse rollouts of 3 samples"),
+            ({"selection__ratio": 1e-3}, "generation 1 selects nothing"),
+            ({"model__ffn_hidden_size": 64}, "the checkpoint is of another model"),
+            ({"relational__encoder": "./no-such-encoder"}, "relational.encoder: cannot load './no-such-encoder'"),
+        ],
+    )
     def test_settings_that_cannot_work(self, trained, groups, tmp_path, changes, reason):
         config = trained.copy(tmp_path, STEP, **changes)
         assert not watch.serve(config, groups, once=True)
         assert_failed(config, 1, reason)
 
 
-@pytest.mark.parametrize("changes", [
-    {"selection__method": "random"}, {"selection__method": "similarity"}, {"selection__method": "individual"},
-    {"selection__recipe": "paper"}, {"oracle__estimator": "first_order"}, {"relational__relation": "additive"},
-], ids=lambda changes: str(*changes.values()))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"selection__method": "random"},
+        {"selection__method": "similarity"},
+        {"selection__method": "individual"},
+        {"selection__recipe": "paper"},
+        {"oracle__estimator": "first_order"},
+        {"relational__relation": "additive"},
+    ],
+    ids=lambda changes: str(*changes.values()),
+)
 def test_other_methods_and_recipes(finished, trained, groups, tmp_path, changes):
     config = trained.copy(tmp_path, STEP, **changes)
     assert watch.serve(config, groups, once=True)
@@ -383,8 +404,11 @@ class TestTwoRanks:
     def test_embeddings_do_not_depend_on_who_measured_what(self, two_ranks, finished):
         assert np.array_equal(array(two_ranks.configs["workers"], "candidates", "features"), array(finished, "candidates", "features"))
         # The fit sums gradients over ranks and differs by rounding; kept in half precision.
-        np.testing.assert_allclose(array(two_ranks.configs["workers"], "embeddings", "embeddings").astype(np.float64),
-                                   array(finished, "embeddings", "embeddings"), atol=2e-2)
+        np.testing.assert_allclose(
+            array(two_ranks.configs["workers"], "embeddings", "embeddings").astype(np.float64),
+            array(finished, "embeddings", "embeddings"),
+            atol=2e-2,
+        )
 
     @pytest.mark.parametrize("name", ["tp2", "tp2_of_tp1", "workers_of_tp2"])
     def test_losses_at_other_tensor_parallel_sizes_differ_by_rounding(self, two_ranks, finished, name):

@@ -157,8 +157,12 @@ class TestOnce:
 
     def test_on_the_checkpoint_of_the_run_it_branches_from(self, trained, groups, tmp_path):
         source = trained.copy(tmp_path, FIRST, **RANDOM)
-        config = trained.config(run__output_dir=str(tmp_path / "branch"), checkpoint__load=str(paths(source).checkpoints),
-                                checkpoint__load_tag=f"global_step{FIRST - 1}", **RANDOM)
+        config = trained.config(
+            run__output_dir=str(tmp_path / "branch"),
+            checkpoint__load=str(paths(source).checkpoints),
+            checkpoint__load_tag=f"global_step{FIRST - 1}",
+            **RANDOM,
+        )
         assert watch.serve(config, groups, once=True)
         assert published(config) == (1, [FIRST - 1]) and published(source) == (0, [])
         mask = load_generation(paths(config).selection, 1, PoolIndex.open(config.data.pool)).mask

@@ -24,7 +24,7 @@ def prose(seed: str, num_words: int = 90) -> str:
     """Deterministic text, different for each seed, in lines of ten words."""
     digest = hashlib.shake_128(seed.encode()).digest(num_words)
     words = [f"{WORDS[byte % len(WORDS)]}{byte}" for byte in digest]
-    return "\n".join(" ".join(words[start:start + 10]) for start in range(0, num_words, 10))
+    return "\n".join(" ".join(words[start : start + 10]) for start in range(0, num_words, 10))
 
 
 @pytest.fixture
@@ -52,16 +52,18 @@ def read(path: Path) -> list[dict]:
 
 def run(output: Path, *arguments: str) -> int:
     """The tool with sizes that suit the made-up machine."""
-    return gather.main(["--output", str(output), "--max-bytes", "30K", "--reference-bytes", "3K",
-                        "--evaluation-bytes", "3K", *arguments])
+    return gather.main(["--output", str(output), "--max-bytes", "30K", "--reference-bytes", "3K", "--evaluation-bytes", "3K", *arguments])
 
 
 # ---- Extraction ----
 
+
 def test_docstrings_come_with_their_names_and_without_the_code() -> None:
-    source = ('"""Top."""\nimport os\nclass A:\n    """Class."""\n'
-              '    def f(self):\n        """Method\n        text."""\n'
-              'async def g():\n    """Function."""\ndef silent(): return "code"\n')
+    source = (
+        '"""Top."""\nimport os\nclass A:\n    """Class."""\n'
+        '    def f(self):\n        """Method\n        text."""\n'
+        'async def g():\n    """Function."""\ndef silent(): return "code"\n'
+    )
     assert gather.docstring_text(source) == "Top.\n\n\nA\n\nClass.\n\n\nA.f\n\nMethod\ntext.\n\n\ng\n\nFunction."
 
 
@@ -76,8 +78,7 @@ def test_sources_lose_their_docstrings_and_keep_their_code() -> None:
 
 
 def test_man_pages_lose_their_markup() -> None:
-    page = ('.\\" comment\n.TH LS 1\n.SH NAME\nls \\- list \\fIfiles\\fR\n.TP\n.B \\-a\nshow \\(bu all\\&.\n'
-            '.IP "two words" 4\n')
+    page = '.\\" comment\n.TH LS 1\n.SH NAME\nls \\- list \\fIfiles\\fR\n.TP\n.B \\-a\nshow \\(bu all\\&.\n.IP "two words" 4\n'
     assert gather.man_text(page) == "NAME\nls - list files\n\n-a\nshow * all.\ntwo words 4"
 
 
@@ -93,17 +94,31 @@ def test_the_long_description_follows_the_headers() -> None:
     assert gather.description_text("Name: x\nVersion: 1\n\n# Title\n\nText") == "# Title\n\nText"
 
 
-@pytest.mark.parametrize(("path", "kinds"), [
-    ("/lib/pkg/mod.py", ("docstring", "python_source")), ("/lib/pkg/tests/helper.py", ("python_test",)),
-    ("/lib/pkg/test_mod.py", ("python_test",)), ("/lib/pydoc_data/topics.py", ("python_topic",)),
-    ("/lib/pkg-1.0.dist-info/RECORD", ("file_list",)), ("/lib/pkg-1.0.dist-info/METADATA", ("package_description",)),
-    ("/lib/pkg-1.0.dist-info/licenses/Apache.txt", ("licence",)), ("/lib/pkg/LICENSE.txt", ("licence",)),
-    ("/usr/share/doc/pkg/copyright", ("licence",)), ("/usr/share/doc/pkg/changelog.Debian.gz", ("changelog",)),
-    ("/usr/share/doc/pkg/guide.html", ("system_doc",)), ("/usr/share/man/man1/ls.1.gz", ("man_page",)),
-    ("/usr/share/man/de/man1/ls.1.gz", ()), ("/usr/share/man/index.db", ()),
-    ("/lib/pkg/tests/data/x.txt", ("data_table",)), ("/lib/pkg/x.txt", ("package_readme",)),
-    ("/lib/pkg/x.pyi", ("type_stub",)), ("/lib/pkg/x.json", ("config",)), ("/lib/pkg/x.so", ()), ("/lib/pkg/x.png", ()),
-])
+@pytest.mark.parametrize(
+    ("path", "kinds"),
+    [
+        ("/lib/pkg/mod.py", ("docstring", "python_source")),
+        ("/lib/pkg/tests/helper.py", ("python_test",)),
+        ("/lib/pkg/test_mod.py", ("python_test",)),
+        ("/lib/pydoc_data/topics.py", ("python_topic",)),
+        ("/lib/pkg-1.0.dist-info/RECORD", ("file_list",)),
+        ("/lib/pkg-1.0.dist-info/METADATA", ("package_description",)),
+        ("/lib/pkg-1.0.dist-info/licenses/Apache.txt", ("licence",)),
+        ("/lib/pkg/LICENSE.txt", ("licence",)),
+        ("/usr/share/doc/pkg/copyright", ("licence",)),
+        ("/usr/share/doc/pkg/changelog.Debian.gz", ("changelog",)),
+        ("/usr/share/doc/pkg/guide.html", ("system_doc",)),
+        ("/usr/share/man/man1/ls.1.gz", ("man_page",)),
+        ("/usr/share/man/de/man1/ls.1.gz", ()),
+        ("/usr/share/man/index.db", ()),
+        ("/lib/pkg/tests/data/x.txt", ("data_table",)),
+        ("/lib/pkg/x.txt", ("package_readme",)),
+        ("/lib/pkg/x.pyi", ("type_stub",)),
+        ("/lib/pkg/x.json", ("config",)),
+        ("/lib/pkg/x.so", ()),
+        ("/lib/pkg/x.png", ()),
+    ],
+)
 def test_the_kind_follows_from_the_path(path: str, kinds: tuple[str, ...]) -> None:
     assert gather.kinds_of(path) == kinds
 
@@ -139,6 +154,7 @@ def test_unreadable_files_give_nothing(tmp_path: Path) -> None:
 
 # ---- Separation ----
 
+
 def test_a_text_is_taken_once_whatever_its_spacing_and_case() -> None:
     separator = gather.Separator()
     assert separator.accept("Some text\nof one document")
@@ -164,8 +180,7 @@ def documents(kind: str, sizes: list[int]) -> Iterator[gather.Document]:
 
 
 @settings(deadline=None)
-@given(st.dictionaries(st.sampled_from("abcde"), st.lists(st.integers(20, 60), min_size=1, max_size=40), min_size=1),
-       st.integers(1, 3000))
+@given(st.dictionaries(st.sampled_from("abcde"), st.lists(st.integers(20, 60), min_size=1, max_size=40), min_size=1), st.integers(1, 3000))
 def test_kinds_get_equal_bytes_as_far_as_they_go(sizes: dict[str, list[int]], budget: int) -> None:
     streams = {kind: documents(kind, lengths) for kind, lengths in sizes.items()}
     filled = gather.fill_evenly(streams, budget, gather.Separator())
@@ -180,9 +195,8 @@ def test_kinds_get_equal_bytes_as_far_as_they_go(sizes: dict[str, list[int]], bu
 
 # ---- The whole tool ----
 
-def test_the_three_sets_have_no_text_in_common(
-    machine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+
+def test_the_three_sets_have_no_text_in_common(machine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "raw") == 0
     reference = read(tmp_path / "raw/reference/reference.jsonl.zst")
     evaluation = read(tmp_path / "raw/evaluation/evaluation.jsonl.zst")
@@ -191,7 +205,8 @@ def test_the_three_sets_have_no_text_in_common(
     assert len(set(texts)) == len(texts)
     assert {record["metadata"]["kind"] for record in (*reference, *evaluation)} == {"docstring"}
     assert {path.name for path in (tmp_path / "raw/pool").iterdir()} == {
-        f"{kind}.jsonl.zst" for kind in ("docstring", "python_source", "c_header", "licence")}
+        f"{kind}.jsonl.zst" for kind in ("docstring", "python_source", "c_header", "licence")
+    }
     assert sum(prose("the same licence") in record["text"] for record in pool) == 1
     assert all(set(record) == {"text", "url", "metadata"} and record["url"].startswith("file:///") for record in pool)
     docstring_bytes = sum(len(record["text"]) for record in pool if record["metadata"]["kind"] == "docstring")
@@ -221,9 +236,7 @@ def test_the_same_machine_and_seed_give_the_same_bytes(machine: Path, tmp_path: 
         assert path.read_bytes() == (tmp_path / "b/pool" / path.name).read_bytes()
 
 
-def test_a_second_start_does_nothing_and_says_so(
-    machine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_start_does_nothing_and_says_so(machine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "raw").mkdir()
     assert run(tmp_path / "raw") == 0
     before = (tmp_path / "raw/gather.json").stat().st_mtime_ns
@@ -233,9 +246,7 @@ def test_a_second_start_does_nothing_and_says_so(
     assert (tmp_path / "raw/gather.json").stat().st_mtime_ns == before
 
 
-def test_other_arguments_or_other_content_are_refused(
-    machine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_arguments_or_other_content_are_refused(machine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "raw") == 0
     assert run(tmp_path / "raw", "--seed", "7") == 1
     assert "gathered with other arguments (seed: 1234 there, 7 asked for)" in capsys.readouterr().err
@@ -243,14 +254,18 @@ def test_other_arguments_or_other_content_are_refused(
     assert "exists and was not written by this tool" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("--target-kind", "poem"), "--target-kind poem: no such documents here; kinds found: c_header, docstring"),
-    (("--target-kind", "licence"), "bytes of licence text are left; lower it, choose another --target-kind"),
-    (("--reference-bytes", "10M"), "--reference-bytes 10000000: only"),
-    (("--root", "/nowhere"), "--root /nowhere is not a folder"),
-])
-def test_impossible_requests_say_why(machine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                     arguments: tuple[str, ...], message: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target-kind", "poem"), "--target-kind poem: no such documents here; kinds found: c_header, docstring"),
+        (("--target-kind", "licence"), "bytes of licence text are left; lower it, choose another --target-kind"),
+        (("--reference-bytes", "10M"), "--reference-bytes 10000000: only"),
+        (("--root", "/nowhere"), "--root /nowhere is not a folder"),
+    ],
+)
+def test_impossible_requests_say_why(
+    machine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
     assert run(tmp_path / "raw", *arguments) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
@@ -264,8 +279,9 @@ def test_nothing_left_for_the_pool_is_said(machine: Path, tmp_path: Path, capsys
     assert "no docstring text is left for the pool" in capsys.readouterr().err
 
 
-def test_a_full_disk_leaves_nothing_behind(machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                           capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_leaves_nothing_behind(
+    machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

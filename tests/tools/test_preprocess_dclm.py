@@ -50,8 +50,9 @@ def test_from_any_directory_with_workers(raw: Path) -> None:
     assert "tokenise" in done.stderr and "write shards" in done.stderr
 
 
-def test_second_run_and_other_arguments(raw: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch,
-                                        capsys: pytest.CaptureFixture) -> None:
+def test_second_run_and_other_arguments(
+    raw: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(raw)
     arguments = ["--input", "raw/*", "--output", "pool", "--tokenizer", "tokenizer.json", "--workers", "0"]
     assert tool.main(arguments) == 0
@@ -61,17 +62,21 @@ def test_second_run_and_other_arguments(raw: Path, tool: ModuleType, monkeypatch
     assert "error: pool is a pool made with other arguments (seed was 0, is 5)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--input", "nothing"], "error: input 'nothing' matches no file"),
-    (["--tokenizer", "./none"], "error: there is no tokenizer at ./none"),
-    (["--eot", "<eos>"], "has no token '<eos>'"),
-    (["--pack", "1"], "a packed context has at least 2 tokens, not 1"),
-    (["--max-rejects", "0"], "1 lines rejected so far, --max-rejects is 0"),
-    (["--pack", "100000"], "no sample comes of the 2 input files"),
-    (["--output", "tokenizer.json/pool"], "error: cannot make tokenizer.json/pool"),
-])
-def test_mistakes_are_messages(raw: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch,
-                               capsys: pytest.CaptureFixture, arguments: list[str], message: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "nothing"], "error: input 'nothing' matches no file"),
+        (["--tokenizer", "./none"], "error: there is no tokenizer at ./none"),
+        (["--eot", "<eos>"], "has no token '<eos>'"),
+        (["--pack", "1"], "a packed context has at least 2 tokens, not 1"),
+        (["--max-rejects", "0"], "1 lines rejected so far, --max-rejects is 0"),
+        (["--pack", "100000"], "no sample comes of the 2 input files"),
+        (["--output", "tokenizer.json/pool"], "error: cannot make tokenizer.json/pool"),
+    ],
+)
+def test_mistakes_are_messages(
+    raw: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, arguments: list[str], message: str
+) -> None:
     monkeypatch.chdir(raw)
     base = ["--input", "raw", "--output", "pool", "--tokenizer", "tokenizer.json", "--workers", "0"]
     assert tool.main([*base, *arguments]) == 1
@@ -86,8 +91,7 @@ def test_no_traceback_for_mistakes(raw: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_full_disk(raw: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch,
-                     capsys: pytest.CaptureFixture) -> None:
+def test_a_full_disk(raw: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -70,14 +70,18 @@ def test_text_is_shared_equally_between_files(raw: Path) -> None:
     assert list(train_tokenizer.shared_texts(files, 4 * size)) == [*TEXTS[0:2], *TEXTS[15:17]]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("--vocab-size", "257"), "--vocab-size 257: at least 258 are needed (all bytes and 2 special tokens)"),
-    (("--vocab-size", "50000"), "--vocab-size 50000: the documents have repeated text for only"),
-    (("--max-bytes", "0"), "--max-bytes 0: must be positive"),
-    (("--input", "/nowhere/*.jsonl"), "matches no file"),
-])
-def test_impossible_requests_say_why(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                     arguments: tuple[str, ...], message: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--vocab-size", "257"), "--vocab-size 257: at least 258 are needed (all bytes and 2 special tokens)"),
+        (("--vocab-size", "50000"), "--vocab-size 50000: the documents have repeated text for only"),
+        (("--max-bytes", "0"), "--max-bytes 0: must be positive"),
+        (("--input", "/nowhere/*.jsonl"), "matches no file"),
+    ],
+)
+def test_impossible_requests_say_why(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
     assert run(raw, tmp_path / "tokenizer", *arguments) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error

@@ -29,7 +29,7 @@ def make_config(root: Path, *overrides: str, run: str = "run") -> Config:
 run: {{output_dir: {root / run}, wandb_mode: disabled, seed: 7}}
 model: {{num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4, vocab_size: 304,
         sequence_length: {SEQUENCE_LENGTH}, z_loss: 1.0e-4}}
-data: {{pool: {root / 'pool'}, evaluation: {root / 'evaluation'}, reference: {root / 'reference'}, num_workers: 0}}
+data: {{pool: {root / "pool"}, evaluation: {root / "evaluation"}, reference: {root / "reference"}, num_workers: 0}}
 training: {{train_iters: 12, global_batch_size: 4, micro_batch_size: 2, log_interval: 1, eval_interval: 6}}
 optimizer: {{learning_rate: 1.0e-2, warmup_iters: 3}}
 checkpoint: {{save_interval: 4}}

@@ -11,7 +11,12 @@ from megatron_groupmates.pool.log import read_log
 from tests.common.distributed import run_ranks
 from tests.training.runs import Job, make_config, publish_every_third, rows, train_in_rank, train_jobs
 
-SELECTING = ("selection.enabled=true", "selection.first_refresh_step=4", "selection.refresh_interval=100", "selection.poll_interval_steps=1")
+SELECTING = (
+    "selection.enabled=true",
+    "selection.first_refresh_step=4",
+    "selection.refresh_interval=100",
+    "selection.poll_interval_steps=1",
+)
 
 
 def _train_and_publish(rank, world_size, configs, seconds):
@@ -86,5 +91,8 @@ def test_a_branch_inherits_what_its_parent_consumed(tmp_path: Path):
     branch = make_config(tmp_path, *SELECTING, *load, run="branch")
     run_ranks(train_jobs, 1, [Job(config=parent), Job(config=branch)], tmp_path=tmp_path)
     assert _log(branch) == _log(parent)
-    of_step = {name: {row["step"]: row["loss"] for row in rows(config) if "loss" in row} for name, config in (("parent", parent), ("branch", branch))}
+    of_step = {
+        name: {row["step"]: row["loss"] for row in rows(config) if "loss" in row}
+        for name, config in (("parent", parent), ("branch", branch))
+    }
     assert of_step["branch"] == {step: loss for step, loss in of_step["parent"].items() if step > 8}

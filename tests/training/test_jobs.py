@@ -18,10 +18,24 @@ from tests.training.runs import evaluations, losses, make_config, rows
 
 ROOT = Path(__file__).parents[2]
 SIZES = ("parallel.tensor_model_parallel_size=2", "training.train_iters=40", "training.eval_interval=20", "checkpoint.save_interval=10")
-SELECTING = ("selection.enabled=true", "selection.first_refresh_step=10", "selection.refresh_interval=100", "selection.poll_interval_steps=1",
-             "selection.max_staleness_steps=10", "selection.num_clusters=2", "selection.ratio=0.4", "oracle.estimator=first_order",
-             "oracle.num_random_rollouts=12", "oracle.num_bootstrap_rollouts=4", "oracle.num_candidates=40", "oracle.rollout_length=4",
-             "oracle.chunk_rollouts=2", "relational.embedding_dim=8", "relational.epochs=3", "server.poll_interval_seconds=0.1")
+SELECTING = (
+    "selection.enabled=true",
+    "selection.first_refresh_step=10",
+    "selection.refresh_interval=100",
+    "selection.poll_interval_steps=1",
+    "selection.max_staleness_steps=10",
+    "selection.num_clusters=2",
+    "selection.ratio=0.4",
+    "oracle.estimator=first_order",
+    "oracle.num_random_rollouts=12",
+    "oracle.num_bootstrap_rollouts=4",
+    "oracle.num_candidates=40",
+    "oracle.rollout_length=4",
+    "oracle.chunk_rollouts=2",
+    "relational.embedding_dim=8",
+    "relational.epochs=3",
+    "server.poll_interval_seconds=0.1",
+)
 
 
 def _start(command: str, config_file: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -31,8 +45,15 @@ def _start(command: str, config_file: Path, *arguments: str) -> subprocess.Popen
         port = probe.getsockname()[1]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", "2", "--master_port", str(port)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return subprocess.Popen([*launcher, "--module", "megatron_groupmates", command, "--config", str(config_file), *arguments], cwd=ROOT,
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        [*launcher, "--module", "megatron_groupmates", command, "--config", str(config_file), *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def _kill_when(job: subprocess.Popen[str], reached: Callable[[], bool]) -> None:

@@ -8,7 +8,12 @@ from pathlib import Path
 from tests.common.distributed import run_ranks
 from tests.training.runs import Job, losses, make_config, train_in_rank, train_jobs
 
-BLOCKED = ("megatron_groupmates.selection", "megatron_groupmates.influence", "megatron_groupmates.server", "megatron_groupmates.training.adoption")
+BLOCKED = (
+    "megatron_groupmates.selection",
+    "megatron_groupmates.influence",
+    "megatron_groupmates.server",
+    "megatron_groupmates.training.adoption",
+)
 
 
 class _Blocker:
@@ -28,7 +33,9 @@ def _train_without_selection_code(rank, world_size, config):
 
 def test_losses_are_bitwise_those_of_a_run_without_the_selection_code(tmp_path: Path):
     off = make_config(tmp_path, "parallel.tensor_model_parallel_size=2", run="off")
-    waiting = make_config(tmp_path, "parallel.tensor_model_parallel_size=2", "selection.enabled=true", "selection.poll_interval_steps=1", run="waiting")
+    waiting = make_config(
+        tmp_path, "parallel.tensor_model_parallel_size=2", "selection.enabled=true", "selection.poll_interval_steps=1", run="waiting"
+    )
     assert run_ranks(_train_without_selection_code, 2, off, tmp_path=tmp_path) == [("finished", [])] * 2
     run_ranks(train_jobs, 2, [Job(config=waiting)], tmp_path=tmp_path)
     assert losses(off) == losses(waiting) and len(losses(off)) == 12

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_groupmates.pool.log import read_log
 from tests.common.distributed import RankFailure, run_ranks
-from tests.training.runs import Job, evaluations, losses, make_config, publish_every_third, rows, train_jobs
+from tests.training.runs import Job, evaluations, losses, make_config, publish_every_third, rows, train_in_rank, train_jobs
 
-SELECTING = ("selection.enabled=true", "selection.first_refresh_step=4", "selection.refresh_interval=100", "selection.poll_interval_steps=1")
+SELECTING = (
+    "selection.enabled=true",
+    "selection.first_refresh_step=4",
+    "selection.refresh_interval=100",
+    "selection.poll_interval_steps=1",
+)
 
 
 @pytest.mark.parametrize("parallel", ["tensor", "data"])
@@ -18,8 +25,12 @@ def test_a_run_killed_twice_equals_an_uninterrupted_one(tmp_path: Path, parallel
     size = f"parallel.tensor_model_parallel_size={2 if parallel == 'tensor' else 1}"
     whole = make_config(tmp_path, size, *SELECTING, run="whole")
     killed = make_config(tmp_path, size, *SELECTING, run="killed")
-    jobs = [Job(config=whole, publish_before_step=5), Job(config=killed, publish_before_step=5, die_before_step=6),
-            Job(config=killed, publish_before_step=5, die_before_step=10), Job(config=killed)]
+    jobs = [
+        Job(config=whole, publish_before_step=5),
+        Job(config=killed, publish_before_step=5, die_before_step=6),
+        Job(config=killed, publish_before_step=5, die_before_step=10),
+        Job(config=killed),
+    ]
     outcomes = run_ranks(train_jobs, 2, jobs, tmp_path=tmp_path)
     assert outcomes == [["finished", "killed", "killed", "finished"]] * 2
     assert len(losses(whole)) == 12
@@ -43,6 +54,34 @@ def test_loaders_that_read_ahead_change_no_sample_and_adoptions_take_effect_behi
     assert entry.effective_sample == 40
     generations = {row["step"]: row["generation"] for row in rows(selecting) if "loss" in row}
     assert [step for step, generation in generations.items() if generation == 1] == [11, 12]
+
+
+def _train_on_a_disk_that_fills_up(rank, world_size, config):
+    """The disk is full when the checkpoint of step 8 is written; what the error says."""
+    write = torch.save
+
+    def save(value, path, *arguments, **options):
+        if "global_step8" in str(path):
+            raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/0: file write failed")
+        return write(value, path, *arguments, **options)
+
+    torch.save = save
+    try:
+        train_in_rank(rank, world_size, Job(config=config))
+    except OSError as error:
+        return error.errno, str(error.filename)
+    finally:
+        torch.save = write
+
+
+def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path):
+    config, whole = make_config(tmp_path, run="full"), make_config(tmp_path, run="whole")
+    checkpoints = Path(config.run.output_dir) / "checkpoints"
+    outcome = run_ranks(_train_on_a_disk_that_fills_up, 1, config, tmp_path=tmp_path)
+    assert outcome == [(errno.ENOSPC, str(checkpoints / "global_step8"))]
+    assert (checkpoints / "latest").read_text() == "global_step4"
+    run_ranks(train_jobs, 1, [Job(config=config), Job(config=whole)], tmp_path=tmp_path)
+    assert losses(config) == losses(whole) and len(losses(whole)) == 12
 
 
 def test_epochs_are_logged_when_the_selection_runs_out(tmp_path: Path):

@@ -119,8 +119,11 @@ def test_a_directory_appears_only_when_the_block_ends(tmp_path: Path) -> None:
 
 def test_everything_in_a_directory_is_synced_before_its_name_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[tuple[str, bool]] = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(
-        (Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, (tmp_path / "target").exists())))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda descriptor: synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, (tmp_path / "target").exists())),
+    )
     with atomic_directory(tmp_path / "target") as partial:
         (partial / "inner").mkdir()
         (partial / "inner" / "file").write_text("content")

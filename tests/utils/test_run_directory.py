@@ -31,8 +31,10 @@ def test_another_run_in_the_directory_is_refused_with_every_difference(tmp_path:
     run = {"output_dir": str(tmp_path)}
     write_run_config(tiny_config(run=run))
     other = tiny_config(run={**run, "seed": 9, "name": "other"}, model={"num_layers": 3}, training={"train_iters": 99})
-    message = (f"{tmp_path} holds a run with other settings; use another run.output_dir, or set these back:\n"
-               "  run.seed: 1234 -> 9\n  model.num_layers: 2 -> 3")
+    message = (
+        f"{tmp_path} holds a run with other settings; use another run.output_dir, or set these back:\n"
+        "  run.seed: 1234 -> 9\n  model.num_layers: 2 -> 3"
+    )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         check_run_directory(other)
 

@@ -60,7 +60,8 @@ def test_a_failing_run_is_warned_about_once_and_left_alone(caplog: pytest.LogCap
             tracker.log({"step": step, "loss": 1.0}, step)
         tracker.close()
     assert [record.getMessage() for record in caplog.records] == [
-        "W&B stopped taking metrics (RuntimeError: connection lost); metrics.jsonl has all metrics"]
+        "W&B stopped taking metrics (RuntimeError: connection lost); metrics.jsonl has all metrics"
+    ]
 
 
 def test_settings_are_passed_on_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -70,8 +71,7 @@ def test_settings_are_passed_on_quietly(monkeypatch: pytest.MonkeyPatch, tmp_pat
     tracker.log({"step": 1, "loss": 2.0}, 1)
     assert run.rows == [({"loss": 2.0}, 1)]
     settings = seen.pop("settings")
-    assert seen == {"project": "project", "name": "name", "mode": "offline", "dir": str(tmp_path / "run"),
-                    "config": {"a": 1}}
+    assert seen == {"project": "project", "name": "name", "mode": "offline", "dir": str(tmp_path / "run"), "config": {"a": 1}}
     assert settings["silent"] is True and settings["console"] == "off"
 
 
@@ -83,14 +83,13 @@ def test_disabled_does_not_touch_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_wandb_is_one_warning(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_missing_wandb_is_one_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with caplog.at_level(logging.WARNING):
         open_tracker("project", "name", "offline", tmp_path, {}).log({"step": 1, "loss": 2.0}, 1)
     assert [record.getMessage() for record in caplog.records] == [
-        "run.wandb_mode is offline but wandb is not installed; metrics go to metrics.jsonl only"]
+        "run.wandb_mode is offline but wandb is not installed; metrics go to metrics.jsonl only"
+    ]
 
 
 def test_wandb_that_does_not_start_is_one_warning(
@@ -103,4 +102,5 @@ def test_wandb_that_does_not_start_is_one_warning(
     with caplog.at_level(logging.WARNING):
         open_tracker("project", "name", "online", tmp_path, {}).close()
     assert [record.getMessage() for record in caplog.records] == [
-        "W&B did not start (RuntimeError: no login); metrics go to metrics.jsonl only"]
+        "W&B did not start (RuntimeError: no login); metrics go to metrics.jsonl only"
+    ]

@@ -20,8 +20,7 @@ from megatron_groupmates.selection.greedy import greedy_select
 KINDS = ("normal", "nearly-constant", "tight", "duplicates")
 
 
-def plain_select(embeddings: np.ndarray, individual: np.ndarray, num_select: int, alpha: float,
-                 tau: float) -> np.ndarray:
+def plain_select(embeddings: np.ndarray, individual: np.ndarray, num_select: int, alpha: float, tau: float) -> np.ndarray:
     """The definition: all scores at every step, float64, lowest index wins ties."""
     rows = embeddings.astype(np.float64)
     taken = np.zeros(len(rows), bool)
@@ -75,8 +74,7 @@ def main() -> None:
                 if not np.array_equal(*picks):
                     sys.exit(f"{kind}, {num_samples} samples: the picks differ")
             plain, lazy = (statistics.median(seconds[name]) for name in ("plain", "lazy"))
-            print(f"| {kind} | {num_samples} | {num_select} | {plain * 1e3:.0f} | {lazy * 1e3:.1f} | "
-                  f"{plain / lazy:.1f} |", flush=True)
+            print(f"| {kind} | {num_samples} | {num_select} | {plain * 1e3:.0f} | {lazy * 1e3:.1f} | {plain / lazy:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
