@@ -59,6 +59,8 @@ if [ "$tests" = yes ]; then
     step "what the tests need (3 of 3)"
     install -r tests/requirements.txt
 fi
+# Commands then work from any directory, and on hosts that see this file system.
+install --no-deps --no-build-isolation -e .
 .venv/bin/python -c 'import torch, deepspeed, megatron.core, faiss' >/dev/null 2>&1 || {
     echo "error: the installed packages cannot be imported; see: .venv/bin/python -c 'import torch, deepspeed, megatron.core, faiss'" >&2
     exit 1

@@ -143,7 +143,7 @@ def _await_refresh(config: Config, paths: RunPaths, groups: ParallelGroups) -> P
             logger.info("no new checkpoint for %g s; the server ends", config.server.idle_timeout_seconds)
             return None
         if found is not None:
-            return paths.checkpoints / found
+            return Path(found)
         if not told:
             record_server_state(paths, groups, "waiting")
             logger.info("waiting for the checkpoint of a planned refresh in %s", paths.checkpoints)
@@ -151,18 +151,14 @@ def _await_refresh(config: Config, paths: RunPaths, groups: ParallelGroups) -> P
 
 
 def _poll(config: Config, paths: RunPaths, started: float) -> str | None:
-    """Rank 0: look for a slice of time; a tag, ``_FINISHED``, ``_IDLE``, or None to be asked again."""
+    """Rank 0: look for a slice of time; a checkpoint's path, ``_FINISHED``, ``_IDLE``, or None to be asked again."""
     slice_end = time.monotonic() + _POLL_SLICE_SECONDS
     while time.monotonic() < slice_end:
         open_steps = [step for step in refresh_steps(config) if _is_open(config, paths, step)]
-        newest = latest_tag(paths.checkpoints)
-        ready = [
-            step
-            for step in open_steps
-            if newest is not None and step <= tag_step(newest) and (paths.checkpoints / f"global_step{step}").is_dir()
-        ]
+        complete = _complete_checkpoints(config, paths)
+        ready = [step for step in open_steps if step in complete]
         if ready:
-            return f"global_step{ready[-1]}"
+            return str(complete[ready[-1]])
         if not open_steps or read_training_state(paths).get("state") == "finished":
             return _FINISHED
         idle = config.server.idle_timeout_seconds
@@ -170,6 +166,21 @@ def _poll(config: Config, paths: RunPaths, started: float) -> str | None:
             return _IDLE
         time.sleep(config.server.poll_interval_seconds)
     return None
+
+
+def _complete_checkpoints(config: Config, paths: RunPaths) -> dict[int, Path]:
+    """Step to directory of each planned refresh's complete checkpoint: the run's own, and the one it branches from."""
+    newest = latest_tag(paths.checkpoints)
+    last = -1 if newest is None else tag_step(newest)
+    own = {step: paths.checkpoints / f"global_step{step}" for step in refresh_steps(config) if step <= last}
+    found = {step: path for step, path in own.items() if path.is_dir()}
+    if config.checkpoint.load is not None:
+        parent = Path(config.checkpoint.load)
+        tag = config.checkpoint.load_tag or latest_tag(parent)
+        step = None if tag is None else tag_step(tag)
+        if step is not None and (parent / tag).is_dir():
+            found.setdefault(step, parent / tag)
+    return found
 
 
 def _is_open(config: Config, paths: RunPaths, step: int) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_groupmates.config import Config, RunPaths, UserError, check_world_size, learning_rate, refresh_number
+from megatron_groupmates.config import Config, RunPaths, UserError, check_world_size, config_to_dict, learning_rate, refresh_number
 from megatron_groupmates.model.gpt import build_gpt, token_logits
 from megatron_groupmates.model.losses import next_token_batch, token_losses
 from megatron_groupmates.model.sizes import model_size
@@ -71,7 +71,7 @@ class Trainer:
             config.run.name,
             config.run.wandb_mode if groups.is_main else "disabled",
             self.paths.root,
-            {},
+            config_to_dict(config),
         )
         self.metrics = MetricsFile(self.paths.metrics, self.step, groups.is_main, self.tracker.log)
         self.adopter = self._open_adopter()

@@ -168,6 +168,17 @@ class TestOnce:
         mask = load_generation(paths(config).selection, 1, PoolIndex.open(config.data.pool)).mask
         assert not mask[rows_of_samples(trained, 0, (FIRST - 1) * BATCH)].any()
 
+    def test_the_checkpoint_it_branches_from_is_a_refresh_for_the_watching_server_too(self, trained, groups, tmp_path):
+        source = trained.copy(tmp_path, FIRST, **RANDOM)
+        config = trained.config(
+            run__output_dir=str(tmp_path / "branch"),
+            checkpoint__load=str(paths(source).checkpoints),
+            checkpoint__load_tag=f"global_step{FIRST}",
+            **{**RANDOM, "server__idle_timeout_seconds": 0.2},
+        )
+        assert watch.serve(config, groups, once=False)
+        assert published(config) == (1, [FIRST]) and published(source) == (0, [])
+
     def test_the_parent_holds_no_checkpoint(self, trained, groups, tmp_path):
         (tmp_path / "parent").mkdir()
         config = trained.config(run__output_dir=str(tmp_path / "branch"), checkpoint__load=str(tmp_path / "parent"), **RANDOM)
