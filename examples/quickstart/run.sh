@@ -88,10 +88,8 @@ branching=(--set "checkpoint.load=$output/checkpoints" --set "checkpoint.load_ta
 say "arm random: the same warm-up and token budget, no selection"
 job 29500 train random "${branching[@]}" --set selection.method=random --set selection.max_refreshes=0 --set selection.max_staleness_steps=null
 
-say "arm similarity: the same, with the samples most similar to the reference set (no oracle)"
-static=(--set selection.method=similarity --set selection.max_refreshes=1 --set selection.max_staleness_steps=null)
-job 29600 serve similarity "${branching[@]}" "${static[@]}" --once
-job 29500 train similarity "${branching[@]}" "${static[@]}"
+say "arm similarity: the same refreshes, with the samples most similar to the reference set (no oracle)"
+together similarity "${branching[@]}" --set selection.method=similarity
 
 if [[ " ${arms[*]} " == *" individual "* ]]; then
     say "arm individual: the same oracles, no relation between samples"

@@ -186,16 +186,13 @@ class Probe:
 
     def _gradient_norm(self) -> torch.Tensor:
         """Global gradient norm as DeepSpeed's ZeRO-1 computes it: by weight-decay group, in float64 within a parameter."""
-        norms = []
-        for flat in self._flat:
+        squares = torch.zeros(len(self._flat), device=self._groups.device)
+        for number, flat in enumerate(self._flat):
             counted = [p for p in flat.parameters if getattr(p, "tensor_model_parallel", False) or self._groups.tensor_rank == 0]
             if counted:
-                square = torch.stack([torch.linalg.vector_norm(p.grad.double()) for p in counted]).pow(2).sum().float()
-            else:
-                square = torch.zeros((), device=self._groups.device)
-            dist.all_reduce(square, group=self._groups.tensor_group)
-            norms.append(square.pow(0.5))
-        return torch.linalg.vector_norm(torch.stack(norms))
+                squares[number] = torch.stack([torch.linalg.vector_norm(p.grad.double()) for p in counted]).pow(2).sum().float()
+        dist.all_reduce(squares, group=self._groups.tensor_group)
+        return torch.linalg.vector_norm(squares.pow(0.5))
 
     @torch.no_grad()
     def _publish_master(self) -> None:

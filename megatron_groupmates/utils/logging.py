@@ -6,6 +6,8 @@ import logging
 import sys
 import warnings
 
+from tqdm import tqdm
+
 _NOISY = (
     "DeepSpeed",
     "deepspeed",
@@ -21,6 +23,15 @@ _NOISY = (
 )
 
 
+class _BesideBars(logging.Handler):
+    """Writes to standard error without breaking a progress bar's line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line; a bar in progress is drawn again below it."""
+        tqdm.write(self.format(record), file=sys.stderr)
+        sys.stderr.flush()
+
+
 def configure_logging(name: str, rank: int = 0, verbose: bool = False) -> None:
     """Print the package's messages of rank 0 (warnings of every rank) to standard error.
 
@@ -34,7 +45,7 @@ def configure_logging(name: str, rank: int = 0, verbose: bool = False) -> None:
     package = logging.getLogger("megatron_groupmates")
     package.handlers.clear()
     package.propagate = False
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _BesideBars()
     label = name if rank == 0 else f"{name}:{rank}"
     handler.setFormatter(logging.Formatter(f"%(asctime)s [{label}] %(message)s", "%H:%M:%S"))
     package.addHandler(handler)

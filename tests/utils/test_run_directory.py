@@ -30,7 +30,7 @@ def test_a_new_directory_is_fine_and_its_config_reads_back(tmp_path: Path) -> No
 def test_another_run_in_the_directory_is_refused_with_every_difference(tmp_path: Path) -> None:
     run = {"output_dir": str(tmp_path)}
     write_run_config(tiny_config(run=run))
-    other = tiny_config(run={**run, "seed": 9, "name": "other"}, model={"num_layers": 3}, training={"train_iters": 99})
+    other = tiny_config(run={**run, "seed": 9, "name": "other"}, model={"num_layers": 3})
     message = (
         f"{tmp_path} holds a run with other settings; use another run.output_dir, or set these back:\n"
         "  run.seed: 1234 -> 9\n  model.num_layers: 2 -> 3"
@@ -41,8 +41,8 @@ def test_another_run_in_the_directory_is_refused_with_every_difference(tmp_path:
 
 def test_what_may_change_may_change(tmp_path: Path) -> None:
     run = {"output_dir": str(tmp_path)}
-    write_run_config(tiny_config(run=run))
-    longer = tiny_config(run={**run, "name": "longer"}, training={"train_iters": 99}, data={"pool": "moved", "num_workers": 3})
+    write_run_config(tiny_config(run=run, optimizer={"schedule": "constant"}))
+    longer = tiny_config(run={**run, "name": "longer"}, optimizer={"schedule": "constant"}, training={"train_iters": 99}, data={"pool": "moved", "num_workers": 3})
     assert check_run_directory(longer).root == tmp_path
     write_run_config(longer)
     assert read_run_config(tmp_path) == longer
