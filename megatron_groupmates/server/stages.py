@@ -91,7 +91,9 @@ def fit_model(
         flops = 6.0 * rollouts.size * settings.epochs * features.shape[1] * (settings.embedding_dim or 1)
         with context.bookkeeping(name, flops):
             labels = influence_labels(losses, context.recipe.labels, context.config.optimizer.beta1)
-            result: FitResult = fit_relational(features[rollouts], labels, settings, context.seed("fit"), dist.group.WORLD)
+            # On the groups' device: NCCL sums no gradients that lie in host memory.
+            inputs = torch.from_numpy(features[rollouts]).to(context.groups.device)
+            result: FitResult = fit_relational(inputs, labels, settings, context.seed("fit"), dist.group.WORLD)
             if context.groups.is_main:
                 directory.mkdir(parents=True, exist_ok=True)
                 if result.model is not None:

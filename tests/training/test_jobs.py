@@ -38,13 +38,13 @@ SELECTING = (
 )
 
 
-def _start(command: str, config_file: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A ``deepspeed`` job of two ranks in a process group of its own."""
+def start_job(command: str, config_file: Path, *arguments: str, ranks: int = 2) -> subprocess.Popen[str]:
+    """A ``deepspeed`` job of ``ranks`` ranks in a process group of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", "2", "--master_port", str(port)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(ranks), "--master_port", str(port)]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.Popen(
         [*launcher, "--module", "megatron_groupmates", command, "--config", str(config_file), *arguments],
         cwd=ROOT,
@@ -76,7 +76,8 @@ def _sessions(leader: int) -> set[int]:
     return {os.getpgid(process.pid) for process in processes}
 
 
-def _finish(job: subprocess.Popen[str], seconds: float = 120) -> str:
+def finish(job: subprocess.Popen[str], seconds: float = 120) -> str:
+    """What a job that must succeed prints."""
     output = job.communicate(timeout=seconds)[0]
     assert job.returncode == 0, output
     return output
@@ -87,28 +88,28 @@ def test_jobs_killed_at_any_time_go_on_where_they_stood(tmp_path: Path):
     """One run with trainer and server killed, against one that is never interrupted but follows the same generations."""
     killed = make_config(tmp_path, *SIZES, *SELECTING, run="killed")
     config_file, directory = tmp_path / "killed.yaml", Path(killed.run.output_dir)
-    trainer = _start("train", config_file)
+    trainer = start_job("train", config_file)
     _kill_when(trainer, lambda: (directory / "metrics.jsonl").exists() and any(row["step"] >= 14 for row in rows(killed)))
 
-    server = _start("serve", config_file)
+    server = start_job("serve", config_file)
     chunks = directory / "selection/rounds/round-000001/oracle_random"
     _kill_when(server, lambda: len(list(chunks.glob("chunk-*.npz"))) >= 2)
     kept = {path: path.stat().st_mtime_ns for path in chunks.glob("chunk-*.npz")}
-    _finish(_start("serve", config_file, "--once"))
+    finish(start_job("serve", config_file, "--once"))
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "finished chunks are not measured again"
     assert (directory / "selection/latest").read_text() == "generation-000001\n"
 
-    trainer = _start("train", config_file)
+    trainer = start_job("train", config_file)
     _kill_when(trainer, lambda: any(row["step"] >= 25 for row in rows(killed) if "loss" in row))
-    _finish(_start("train", config_file))
-    assert "nothing to do" in _finish(_start("train", config_file))
+    finish(start_job("train", config_file))
+    assert "nothing to do" in finish(start_job("train", config_file))
 
     # The same generations under the same log, in one go.
     whole = make_config(tmp_path, *SIZES, *SELECTING, "selection.max_staleness_steps=null", run="whole")
     selection = Path(whole.run.output_dir) / "selection"
     selection.parent.mkdir()
     subprocess.run(["cp", "-r", str(directory / "selection"), str(selection)], check=True)
-    _finish(_start("train", tmp_path / "whole.yaml"))
+    finish(start_job("train", tmp_path / "whole.yaml"))
     assert {entry.generation for entry in read_log(selection / "log.jsonl")} == {0, 1}
     assert len(losses(whole)) == 40
     assert losses(killed) == losses(whole)
@@ -120,7 +121,7 @@ def test_a_user_error_in_a_job_is_one_message_and_exit_code_1(tmp_path: Path):
     make_config(tmp_path, *SIZES)
     text = (tmp_path / "run.yaml").read_text()
     (tmp_path / "wrong.yaml").write_text(text.replace(str(tmp_path / "pool"), str(tmp_path / "nowhere")))
-    job = _start("train", tmp_path / "wrong.yaml")
+    job = start_job("train", tmp_path / "wrong.yaml")
     output = job.communicate(timeout=60)[0]
     assert job.returncode == 1
     assert output.count("error: data.pool:") == 1 and "Traceback" not in output, output

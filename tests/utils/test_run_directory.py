@@ -42,7 +42,12 @@ def test_another_run_in_the_directory_is_refused_with_every_difference(tmp_path:
 def test_what_may_change_may_change(tmp_path: Path) -> None:
     run = {"output_dir": str(tmp_path)}
     write_run_config(tiny_config(run=run, optimizer={"schedule": "constant"}))
-    longer = tiny_config(run={**run, "name": "longer"}, optimizer={"schedule": "constant"}, training={"train_iters": 99}, data={"pool": "moved", "num_workers": 3})
+    longer = tiny_config(
+        run={**run, "name": "longer"},
+        optimizer={"schedule": "constant"},
+        training={"train_iters": 99},
+        data={"pool": "moved", "num_workers": 3},
+    )
     assert check_run_directory(longer).root == tmp_path
     write_run_config(longer)
     assert read_run_config(tmp_path) == longer
