@@ -118,10 +118,11 @@ class GenerationAdopter:
 
     def awaits_inline_round(self, step: int) -> bool:
         """Inline mode: whether the trainer must end now, at a refresh whose round has not run. The same on every rank."""
-        selection = self._config.selection
+        # Mode and due generation are the same on every rank; only what lies on disk needs asking rank 0.
         due = self._due(step)
-        waits = selection.mode == "inline" and due is not None and self._newest() is None and not self._failed(due)
-        return self._groups.broadcast_object(waits)
+        if self._config.selection.mode != "inline" or due is None:
+            return False
+        return self._groups.broadcast_object(self._newest() is None and not self._failed(due))
 
     def _due(self, step: int) -> int | None:
         """The generation that training must not run on without at ``step``; None when there is none or it was given up."""

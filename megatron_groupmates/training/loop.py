@@ -94,12 +94,12 @@ class Trainer:
                 self.adopter.at_step_boundary(self.step, self.data.sampler.issued_samples)
             started = time.perf_counter()
             rate = learning_rate(config, self.step + 1)
-            losses = self._train_step(rate)
+            totals = self._train_step(rate)
             self.step += 1
             self.consumed_train_samples += batch
             bar.update()
             if self.step % config.training.log_interval == 0:
-                self._log(losses, rate, time.perf_counter() - started)
+                self._log(totals, rate, time.perf_counter() - started)
             if self.step % config.training.eval_interval == 0 or self.step == config.training.train_iters:
                 self._evaluate()
             if self._saves_here():
@@ -113,7 +113,7 @@ class Trainer:
         self.tracker.close()
 
     def _train_step(self, rate: float) -> torch.Tensor:
-        """One optimizer step; returns [cross-entropy, mean squared log-partition] of this rank's micro-batches (float32[2])."""
+        """One optimizer step; float32[3] sums over this rank's tokens: cross-entropy, squared log-partition, scored tokens."""
         set_learning_rate(self.engine.optimizer, rate)
         totals = torch.zeros(3, device=self.groups.device)
         for samples in self.data.step_batches():
