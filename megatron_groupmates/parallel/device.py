@@ -35,3 +35,14 @@ def share_cpu_cores(local_world_size: int) -> None:
     """Give each rank of this host its share of the CPU cores; with more threads the ranks fight for them."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // max(1, local_world_size)))
+
+
+def skip_inference_operators() -> None:
+    """Keep DeepSpeed from compiling an operator of its inference engine when it starts on a CPU.
+
+    Training does not use it, and the host may have no compiler. Call before ``deepspeed.initialize``.
+    """
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -13,6 +13,7 @@ import torch
 
 from megatron_groupmates.config import Config, UserError, config_to_dict
 from megatron_groupmates.parallel import ParallelGroups, resolve_precision
+from megatron_groupmates.parallel.device import skip_inference_operators
 from megatron_groupmates.training.optimizer import build_optimizer
 
 
@@ -32,11 +33,9 @@ def build_engine(config: Config, model: torch.nn.Module, groups: ParallelGroups)
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
     }
-    if groups.device.type == "cpu":
-        # An operator for inference that DeepSpeed would compile at start on a CPU; training does not use it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if resolve_precision(training.precision) == torch.bfloat16:
         settings["bf16"] = {"enabled": True}
+    skip_inference_operators()
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(config, model), mpu=groups, config=settings, dist_init_required=False
     )

@@ -13,6 +13,7 @@ from megatron_groupmates.checkpoint.zero import ZeroCheckpoint
 from megatron_groupmates.config import config_from_dict
 from megatron_groupmates.model.gpt import build_gpt, token_logits
 from megatron_groupmates.parallel import initialize_parallel, read_launch_environment
+from megatron_groupmates.parallel.device import skip_inference_operators
 from tests.common.distributed import run_ranks
 
 CONFIG: dict[str, Any] = {
@@ -59,6 +60,7 @@ def train_and_save(rank: int, world_size: int, directory: str) -> torch.Tensor:
         "steps_per_print": 2**62,
     }
     with contextlib.redirect_stdout(io.StringIO()):
+        skip_inference_operators()
         engine = deepspeed.initialize(model=model, optimizer=optimizer, mpu=groups, config=settings, dist_init_required=False)[0]
         for _ in range(2):
             # No loss of language: any gradients that make every weight move will do.

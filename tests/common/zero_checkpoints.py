@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_groupmates.parallel.device import skip_inference_operators
+
 HIDDEN, FFN, VOCABULARY, QUERY_ROWS = 8, 12, 20, 24
 NUM_LAYERS = 3
 CLIENT_STATE = {"consumed_train_samples": 24, "log_digest": "abc", "gated_linear_unit": True}
@@ -199,6 +201,7 @@ def build_engine(mpu: Mpu, recipe: Recipe, deepspeed: Any) -> Any:
         settings["fp16"] = {"enabled": True, "initial_scale_power": 4}
     if recipe.precision == "bf16-fp32-accumulation":
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    skip_inference_operators()
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False)[0]
 
 
