@@ -13,7 +13,8 @@ torch_index=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --tests) tests=yes ;;
-        --torch-index-url) torch_index=(--index-url "$2"); shift ;;
+        --torch-index-url) [ $# -gt 1 ] || { echo "error: --torch-index-url needs a URL" >&2; exit 1; }
+                           torch_index=(--index-url "$2"); shift ;;
         *) echo "error: unknown argument $1; see the head of tools/setup.sh" >&2; exit 1 ;;
     esac
     shift
