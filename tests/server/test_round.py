@@ -27,7 +27,6 @@ from tests.common.gpt_runs import (
     REFRESHES,
     SEQUENCE_LENGTH,
     TrainedRun,
-    one_rank,
     open_groups,
     rows_of_samples,
     snapshot,
@@ -44,17 +43,6 @@ class Killed(Exception):
 
 def die(*_: Any) -> None:
     raise Killed
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
-    return trained_run(1, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with one_rank(tmp_path_factory.mktemp("group")) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

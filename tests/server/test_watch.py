@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,12 @@ from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.log import LogEntry, append_entry
 from megatron_groupmates.server import watch
 from megatron_groupmates.utils.files import read_json, sha256_file
-from tests.common.gpt_runs import BATCH, REFRESHES, TrainedRun, make_pools, one_rank, rows_of_samples, tiny_config, trained_run
+from tests.common.gpt_runs import BATCH, REFRESHES, make_pools, rows_of_samples, tiny_config
 from tests.pool.helpers import make_pool
 
 FIRST, SECOND = REFRESHES
 # A round by the random method needs no model: what is tested here is the loop around it.
 RANDOM = {"selection__method": "random"}
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
-    return trained_run(1, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with one_rank(tmp_path_factory.mktemp("group")) as opened:
-        yield opened
 
 
 def paths(config: Config) -> RunPaths:
