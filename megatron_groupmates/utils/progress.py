@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import time
-from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -37,25 +34,3 @@ def progress_bar(total: int | None, description: str, *, unit: str = "it", initi
         ascii=None if interactive else True,
         **options,
     )
-
-
-class Stopwatch:
-    """Wall-clock seconds since construction."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since construction."""
-        return time.perf_counter() - self._start
-
-
-@contextlib.contextmanager
-def timed(durations: dict[str, float], name: str) -> Iterator[None]:
-    """Add the wall-clock seconds of the block to ``durations[name]``."""
-    watch = Stopwatch()
-    try:
-        yield
-    finally:
-        durations[name] = durations.get(name, 0.0) + watch.seconds
