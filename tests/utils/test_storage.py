@@ -80,10 +80,10 @@ def test_errors_of_the_store_are_os_errors(s3_options: dict) -> None:  # noqa: F
 
 
 def test_unknown_protocol() -> None:
-    with pytest.raises(UserError, match="cannot open nosuch://x/y.*install its fsspec package"):
+    with pytest.raises(UserError, match=r"cannot open nosuch://x/y.*install its fsspec package"):
         read_all("nosuch://x/y")
 
 
 def test_options_are_by_protocol() -> None:
-    with pytest.raises(UserError, match="name arguments by protocol.*endpoint_url"):
+    with pytest.raises(UserError, match=r"name arguments by protocol.*endpoint_url"):
         configure_storage({"endpoint_url": "x"})  # type: ignore[dict-item]
