@@ -19,6 +19,8 @@ from typing import Any
 COLLECTIVE_TIMEOUT_SECONDS = 30.0
 _GRACE_SECONDS = 0.5
 _launches = itertools.count()
+# What takes seconds to import, in each rank of each test.
+_LIBRARIES = ["torch", "torch.distributed", "deepspeed", "megatron.core.models.gpt", "megatron.core.optimizer", "transformers"]
 
 
 class RankFailure(AssertionError):
@@ -35,7 +37,8 @@ def run_ranks(
 ) -> list[Any]:
     """Call ``function(rank, world_size, *args)`` in ``world_size`` fresh processes and collect what it returns.
 
-    The processes are spawned, not forked, meet through a ``file://`` rendezvous, and have a gloo default process group
+    The processes are forked from a server that has imported the libraries and done nothing else, meet through a
+    ``file://`` rendezvous, and have a gloo default process group
     while ``function`` runs. ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE`` are set, and each has one computing thread.
 
     Args:
@@ -55,14 +58,15 @@ def run_ranks(
     """
     work = Path(tmp_path) / f"ranks-{os.getpid()}-{next(_launches)}"
     work.mkdir(parents=True)
-    context = multiprocessing.get_context("spawn")
-    # Threads must be limited before torch is imported in the child, hence in the environment it inherits.
-    overrides = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "DS_ACCELERATOR": "cpu"}
-    saved = {name: os.environ.get(name) for name in (*overrides, "RANK", "LOCAL_RANK")}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_LIBRARIES)
+    # Threads must be limited before torch is imported, hence in the environment that the server starts with.
+    overrides = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    saved = {name: os.environ.get(name) for name in overrides}
     processes: list[BaseProcess] = []
     try:
+        os.environ.update(overrides)
         for rank in range(world_size):
-            os.environ.update(overrides, RANK=str(rank), LOCAL_RANK=str(rank))
             process = context.Process(
                 target=_child,
                 daemon=False,
@@ -84,6 +88,7 @@ def _child(
 ) -> None:
     """Body of one rank: set up the group, call, leave the result or the traceback in a file."""
     directory = Path(work)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
         warnings.simplefilter("ignore")
         import torch
