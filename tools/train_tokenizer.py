@@ -21,7 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_groupmates.config.errors import UserError
-from megatron_groupmates.pool.records import Document, DocumentFile, find_inputs
+from megatron_groupmates.pool.records import Document, DocumentFile, InputFile, find_inputs
 from megatron_groupmates.utils.files import atomic_directory, write_json
 from megatron_groupmates.utils.progress import progress_bar
 
@@ -29,11 +29,11 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|padding|>")
 NUM_BYTES = 256
 
 
-def shared_texts(files: Sequence[Path], max_bytes: int) -> Iterator[str]:
+def shared_texts(files: Sequence[InputFile], max_bytes: int) -> Iterator[str]:
     """Texts of all files in turn, at most ``max_bytes / len(files)`` of each, so that none crowds the others out."""
-    for path in files:
+    for file in files:
         remaining = max_bytes // len(files)
-        for document in DocumentFile(path):
+        for document in DocumentFile(file):
             if isinstance(document, Document):
                 yield document.text
                 remaining -= len(document.text.encode())
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         check_arguments(arguments)
-        files = [path for _, path in find_inputs(arguments.input)]
+        files, _ = find_inputs(arguments.input)
         with progress_bar(None, "train tokenizer", unit="document") as bar:
             tokenizer = train(counted(shared_texts(files, arguments.max_bytes), bar), arguments.vocab_size)
         found = tokenizer.get_vocab_size()

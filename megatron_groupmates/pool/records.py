@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import gzip
-import io
 import json
 import os
-import zlib
-from collections.abc import Iterable, Iterator
+import posixpath
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import zstandard
+from urllib.parse import urlsplit
 
 from megatron_groupmates.config.errors import UserError
+from megatron_groupmates.pool.rawlines import DamagedFileError, StoredBytes, decompressed, split_lines
+from megatron_groupmates.utils.storage import FileFacts, find_files, is_remote
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zstd")
 MAX_LINE_BYTES = 1 << 28
@@ -30,6 +29,8 @@ REJECT_KINDS = {
     "empty_text": "the text has nothing but white space",
     "line_too_long": f"the line is longer than {MAX_LINE_BYTES} bytes",
     "truncated_file": "the file ends early or is damaged from here on",
+    "duplicate_input": "the file has the same content as an earlier input file",
+    "low_quality": "the quality filter scores the text below its threshold",
     "no_tokens": "the tokenizer makes nothing of the text",
     "control_token": "the tokenizer cannot write a literal special token in the text as ordinary text",
 }
@@ -60,11 +61,9 @@ class Document:
         return metadata if isinstance(metadata, dict) else {}
 
     def field(self, dotted_path: str) -> str | None:
-        """The value at ``a.b.c`` in the record, as a string; None where there is none."""
-        value: Any = self.record
-        for name in dotted_path.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        return None if value is None else str(value)
+        """The value at ``a.b.c`` in the record, as a string of valid Unicode; None where there is none."""
+        value = value_at(self.record, dotted_path)
+        return None if value is None else _valid(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,114 +76,123 @@ class Reject:
     detail: str
 
 
-def find_inputs(inputs: Iterable[str | Path]) -> list[tuple[str, Path]]:
-    """Raw data files among ``inputs``: files, glob patterns, and directories (searched to any depth).
+@dataclasses.dataclass(frozen=True)
+class InputFile:
+    """A raw data file.
+
+    Attributes:
+        name: path relative to the deepest directory that holds all inputs, so that it does not depend on where the data
+            lies; the full path or URL where no directory does.
+        path: local path or URL.
+        num_bytes: its size; 0 where the store does not tell.
+    """
+
+    name: str
+    path: str
+    num_bytes: int
+
+
+def find_inputs(inputs: Sequence[str | Path]) -> tuple[list[InputFile], list[str]]:
+    """Raw data files among ``inputs``: files, glob patterns, and directories (searched to any depth), local or remote.
 
     Returns:
-        (name, path) pairs sorted by name, each file once. The name is the path relative to the deepest directory that
-        holds all of them, so that it does not depend on where the data lies.
+        (files sorted by name, each once; names of those that were found more than once, sorted).
 
     Raises:
-        UserError: an input matches nothing, or a file named is not of a known format.
+        UserError: an input matches nothing, a file named is not of a known format, or a URL's protocol is not known.
+        OSError: a remote store cannot be reached.
     """
-    found: set[Path] = set()
+    found: dict[str, int] = {}
+    repeated: set[str] = set()
     for item in map(str, inputs):
-        matches = [Path(item)] if os.path.exists(item) else [Path(match) for match in glob.glob(item, recursive=True)]
-        files = [
-            file
-            for match in matches
-            for file in (match.rglob("*") if match.is_dir() else [match])
-            if file.is_file() and (file.name.endswith(SUFFIXES) or file in matches)
-        ]
-        if not files:
+        matches = _remote_files(item) if is_remote(item) else _local_files(item.removeprefix("file://"))
+        for file in matches:
+            if not file.path.endswith(SUFFIXES):
+                raise UserError(f"input {file.path} is not of a known format; it must end in {', '.join(SUFFIXES)}")
+            if file.path in found:
+                repeated.add(file.path)
+            found[file.path] = file.num_bytes or 0
+        if not matches:
             raise UserError(f"input {item!r} matches no file ({', '.join(SUFFIXES)}); check the path")
-        found.update(file.resolve() for file in files)
-    for file in sorted(found):
-        if not file.name.endswith(SUFFIXES):
-            raise UserError(f"input {file} is not of a known format; it must end in {', '.join(SUFFIXES)}")
-    root = os.path.commonpath([file.parent for file in found])
-    return sorted((file.relative_to(root).as_posix(), file) for file in found)
+    names = _names(list(found))
+    files = [InputFile(names[path], path, size) for path, size in found.items()]
+    return sorted(files, key=lambda file: file.name), sorted(names[path] for path in repeated)
 
 
-class _ZstdFrames(io.RawIOBase):
-    """Decompressed bytes of all frames of a zstd file, one after the other.
+def _local_files(item: str) -> list[FileFacts]:
+    """Files that an input stands for; of those below a directory only the ones of a known format."""
+    matches = [Path(item)] if os.path.exists(item) else [Path(match) for match in glob.glob(item, recursive=True)]
+    files = {
+        file.resolve()
+        for match in matches
+        for file in (match.rglob("*") if match.is_dir() else [match])
+        if file.is_file() and (file.name.endswith(SUFFIXES) or file in matches)
+    }
+    return [FileFacts(str(file), file.stat().st_size) for file in files]
 
-    Raises ``EOFError`` where the file ends within a frame, which the library's own reader passes over in silence.
-    """
 
-    def __init__(self, file: io.BufferedReader) -> None:
-        self._file = file
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._inside_frame = False
-        self._compressed = self._pending = b""
+def _remote_files(url: str) -> list[FileFacts]:
+    """As :func:`_local_files`, for a URL."""
+    depth = url.rstrip("/").count("/")
+    return [file for file in find_files(url) if file.path.endswith(SUFFIXES) or file.path.count("/") == depth or "**" in url]
 
-    def readable(self) -> bool:
-        return True
 
-    def readinto(self, buffer: Any) -> int:
-        while not self._pending:
-            if self._frame.eof:
-                self._compressed = self._frame.unused_data
-                self._frame, self._inside_frame = zstandard.ZstdDecompressor().decompressobj(), False
-            content = self._compressed or self._file.read(1 << 17)
-            self._compressed = b""
-            if not content:
-                if self._inside_frame:
-                    raise EOFError("the file ends within a zstd frame")
-                return 0
-            self._inside_frame = True
-            self._pending = self._frame.decompress(content)
-        size = min(len(buffer), len(self._pending))
-        buffer[:size] = self._pending[:size]
-        self._pending = self._pending[size:]
-        return size
+def _names(paths: list[str]) -> dict[str, str]:
+    """A name for each path, relative to their deepest common directory if there is one."""
+    schemes = {path.split("://", 1)[0] if is_remote(path) else "" for path in paths}
+    if len(schemes) > 1:
+        return {path: path for path in paths}
+    [scheme] = schemes
+    inner = {path: path.removeprefix(f"{scheme}://") if scheme else path for path in paths}
+    root = posixpath.commonpath([posixpath.dirname(path) for path in inner.values()])
+    return {path: posixpath.relpath(name, root or ".") for path, name in inner.items()}
 
 
 class DocumentFile:
-    """One input file; iterating over it yields its documents and rejects in order.
+    """One input file; iterating over it yields its documents and rejects in order. Picklable.
 
     Args:
-        path: of the file; its ending says how it is compressed.
-        name: written into documents and rejects, ``path`` by default.
+        file: to read; its ending says how it is compressed.
         text_field: dotted path of the text in the record.
+
+    Attributes:
+        name: written into documents and rejects.
+        num_bytes: of the file as stored.
+        sha256: hex digest of the file as stored, after a complete pass; None before.
+
+    Iterating raises:
+        UserError: the URL's protocol is unknown or its package is not installed.
+        OSError: the file cannot be read, after several attempts: not a property of the data, hence no reject.
     """
 
-    def __init__(self, path: Path, name: str | None = None, text_field: str = "text") -> None:
-        self._path = path
-        self.name = str(path) if name is None else name
+    def __init__(self, file: InputFile, text_field: str = "text") -> None:
+        self._path = file.path
         self._text_field = text_field
-        self._file: io.BufferedReader | None = None
-        self.num_bytes = path.stat().st_size
+        self._stored: StoredBytes | None = None
+        self.name = file.name
+        self.num_bytes = file.num_bytes
+        self.sha256: str | None = None
 
     @property
     def position(self) -> int:
-        """Bytes of the file read so far."""
-        return 0 if self._file is None else self.num_bytes if self._file.closed else self._file.tell()
+        """Bytes of the file, as stored, read so far."""
+        return 0 if self._stored is None else self._stored.position
 
     def __iter__(self) -> Iterator[Document | Reject]:
+        self._stored = StoredBytes(self._path, self.num_bytes)
+        blocks = iter(self._stored)
         number = 0
-        with open(self._path, "rb") as self._file:
-            try:
-                for number, line in enumerate(self._lines(self._file), start=1):
-                    if len(line) >= MAX_LINE_BYTES:
-                        yield Reject(self.name, number, "line_too_long", f"{len(line)} bytes or more")
-                    elif not line.isspace():
-                        yield self._parse(line, number)
-            except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-                yield Reject(self.name, number + 1, "truncated_file", str(error))
-
-    def _lines(self, file: io.BufferedReader) -> Iterator[bytes]:
-        """Lines; of one that is too long the first ``MAX_LINE_BYTES`` bytes."""
-        content: Any = file
-        if self._path.name.endswith(".gz"):
-            content = gzip.GzipFile(fileobj=file)
-        elif not self._path.name.endswith(".jsonl"):
-            content = io.BufferedReader(_ZstdFrames(file), 1 << 17)
-        while line := content.readline(MAX_LINE_BYTES):
-            rest = line
-            while len(rest) == MAX_LINE_BYTES and not rest.endswith(b"\n"):
-                rest = content.readline(MAX_LINE_BYTES)
-            yield line
+        try:
+            for number, (line, size) in enumerate(split_lines(decompressed(blocks, self._path), MAX_LINE_BYTES), start=1):
+                if size > MAX_LINE_BYTES:
+                    yield Reject(self.name, number, "line_too_long", f"{size} bytes")
+                elif line and not line.isspace():
+                    yield self._parse(line, number)
+        except DamagedFileError as error:
+            for _ in blocks:  # the digest is of the whole file
+                pass
+            yield Reject(self.name, number + 1, "truncated_file", str(error))
+        self.sha256 = self._stored.sha256
 
     def _parse(self, line: bytes, number: int) -> Document | Reject:
         try:
@@ -195,10 +203,11 @@ class DocumentFile:
             return Reject(self.name, number, "broken_json", str(error))
         if not isinstance(record, dict):
             return Reject(self.name, number, "broken_json", f"an object expected, found {type(record).__name__}")
-        document = Document("", "", record, self.name, number)
-        text: Any = record
-        for name in self._text_field.split("."):
-            text = text.get(name) if isinstance(text, dict) else None
+        return self._document(record, number)
+
+    def _document(self, record: dict[str, Any], number: int) -> Document | Reject:
+        """What a record is; a file whose records have another form overrides this."""
+        text = value_at(record, self._text_field)
         if not isinstance(text, str):
             return Reject(self.name, number, "missing_text", f"{self._text_field!r} is {type(text).__name__}")
         if not text or text.isspace():
@@ -207,6 +216,27 @@ class DocumentFile:
             text.encode()
         except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair
             return Reject(self.name, number, "bad_utf8", str(error))
-        url = record.get("url") or document.metadata.get("WARC-Target-URI") or ""
-        url = str(url).encode(errors="replace").decode()
-        return dataclasses.replace(document, text=text, url=url)
+        metadata = record.get("metadata")
+        url = record.get("url") or (metadata.get("WARC-Target-URI") if isinstance(metadata, dict) else None) or ""
+        return Document(text, _valid(url), record, self.name, number)
+
+
+def domain_of(url: str) -> str:
+    """Host of a URL in lower case, without ``www.``, port and user; empty where the URL names none."""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:  # such as an unfinished IPv6 address
+        return ""
+    return host.removesuffix(".").removeprefix("www.")
+
+
+def value_at(record: Any, dotted_path: str) -> Any:
+    """The value at ``a.b.c`` in nested objects; None where there is none."""
+    for name in dotted_path.split("."):
+        record = record.get(name) if isinstance(record, dict) else None
+    return record
+
+
+def _valid(value: Any) -> str:
+    """As a string that can be written as UTF-8: JSON may hold half of a surrogate pair."""
+    return str(value).encode(errors="replace").decode()

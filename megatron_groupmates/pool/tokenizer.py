@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megatron_groupmates.config.errors import UserError
+from megatron_groupmates.pool import bpe
+from megatron_groupmates.pool.bpe_checks import UnprovenError
 from megatron_groupmates.pool.index import TOKENIZER_FILE, PoolIndex
 from megatron_groupmates.pool.writer import token_dtype
 from megatron_groupmates.utils.files import sha256_bytes
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_EOT = "<|endoftext|>"
 
@@ -23,6 +29,9 @@ class PoolTokenizer:
 
     Literal special tokens in text are text: ``<|endoftext|>`` written in a document is encoded as ordinary characters
     and never becomes the control token. No special tokens are added around a text, and no text is cut.
+
+    Ids are those of Hugging Face's tokenizer, for every text. They are made by tiktoken, several times as fast, where
+    :mod:`megatron_groupmates.pool.bpe` proves that its ids are the same.
 
     Args:
         content: of a ``tokenizer.json``.
@@ -88,7 +97,7 @@ class PoolTokenizer:
     @classmethod
     def of_pool(cls, index: PoolIndex) -> PoolTokenizer:
         """The tokenizer that made the ids of a pool."""
-        content = (index.directory / TOKENIZER_FILE).read_bytes()
+        content = Path(index.file_path(TOKENIZER_FILE)).read_bytes()
         eot = parse_tokenizer(content, index.tokenizer["name"]).id_to_token(index.eot_id)
         return cls(content, index.tokenizer["name"], eot)
 
@@ -112,8 +121,33 @@ class PoolTokenizer:
     def __reduce__(self) -> tuple[Any, ...]:
         return PoolTokenizer, (self.content, self.name, self._tokenizer.id_to_token(self.eot_id))
 
+    @property
+    def engine(self) -> str:
+        """What makes the ids: ``tiktoken`` or ``tokenizers``."""
+        return "tokenizers" if isinstance(self._fast, str) else "tiktoken"
+
+    @property
+    def engine_reason(self) -> str:
+        """Why that engine is used."""
+        return self._fast if isinstance(self._fast, str) else "its ids are proven equal to those of tokenizers"
+
+    @functools.cached_property
+    def _fast(self) -> bpe.FastBpe | str:
+        """The fast engine, or why there is none. Made when it is needed: that takes a second."""
+        try:
+            return bpe.build(self._tokenizer, self.token_dtype)
+        except UnprovenError as error:
+            logger.warning("tokenizer %s is encoded by the slower engine: %s", self.name, error)
+            return str(error)
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, ``token_dtype`` [length], without end-of-text token."""
+        """Ids of each text, ``token_dtype`` [length], without end-of-text token.
+
+        Raises:
+            TypeError, UnicodeEncodeError: a text has a lone surrogate.
+        """
+        if not isinstance(self._fast, str):
+            return [self._fast.encode(text) for text in texts]
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.token_dtype) for encoding in encodings]
 

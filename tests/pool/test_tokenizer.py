@@ -107,6 +107,30 @@ def test_texts_that_make_no_sample() -> None:
     assert tokens.tolist() == [2, 2, 1, 2, 0, 1]
 
 
+def test_the_engine_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    """The fast engine where it is proven; else the library's own, which makes the same ids, and a word on why."""
+    proven = tiny_tokenizer()
+    assert (proven.engine, proven.engine_reason) == ("tiktoken", "its ids are proven equal to those of tokenizers")
+    config = json.loads(tokenizer_json())
+    config["normalizer"] = {"type": "NFKC"}
+    unproven = PoolTokenizer(json.dumps(config).encode(), "unusual")
+    assert (unproven.engine, unproven.engine_reason) == ("tokenizers", "its normalizer is NFKC, not NFC or none")
+    assert caplog.messages == ["tokenizer unusual is encoded by the slower engine: its normalizer is NFKC, not NFC or none"]
+    texts = ["the cat sat", "a <|endoftext|>", "", " 12\n\n x"]
+    for fast, slow in zip(proven.encode_batch(texts), unproven.encode_batch(texts), strict=True):
+        assert fast.dtype == slow.dtype == np.uint16
+        assert fast.tolist() == slow.tolist()
+    assert pickle.loads(pickle.dumps(proven)).engine == "tiktoken"
+
+
+@pytest.mark.parametrize("name", ["tiny", "unigram"])
+def test_lone_surrogates_are_refused(name: str) -> None:
+    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", -1.0)], unk_id=0)).to_str().encode()
+    tokenizer = tiny_tokenizer() if name == "tiny" else PoolTokenizer(unigram, name, "</s>")
+    with pytest.raises((TypeError, UnicodeEncodeError)):
+        tokenizer.encode_batch(["\ud800"])
+
+
 def test_of_pool_and_pickle(tmp_path: Path) -> None:
     index = make_pool(tmp_path)
     tokenizer = PoolTokenizer.of_pool(index)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from megatron_groupmates.pool.records import find_inputs
 from megatron_groupmates.pool.tokenizer import PoolTokenizer
 from tools import train_tokenizer
 
@@ -64,7 +65,7 @@ def test_the_same_documents_give_the_same_tokenizer(raw: Path, tmp_path: Path) -
 
 
 def test_text_is_shared_equally_between_files(raw: Path) -> None:
-    files = [raw / "a.jsonl", raw / "b.jsonl.gz"]
+    files, _ = find_inputs([raw])
     assert list(train_tokenizer.shared_texts(files, 10**9)) == TEXTS
     size = len(TEXTS[0].encode())
     assert list(train_tokenizer.shared_texts(files, 4 * size)) == [*TEXTS[0:2], *TEXTS[15:17]]
