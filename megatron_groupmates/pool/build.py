@@ -1,9 +1,13 @@
-"""Raw documents to a pool: encode, pack, shuffle, write."""
+"""Raw documents to a pool, on any number of processes and hosts: scatter, gather, merge.
+
+The first pass turns each input file into samples sorted by the cells of the shuffle, the second makes the shards of each
+cell, the last step the index. Every piece of work depends on the inputs and arguments alone, and its result is complete or
+absent in a work directory: who does it, and how often a run is killed in between, has no influence on the pool.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,50 +16,16 @@ from typing import Any
 import numpy as np
 
 from megatron_groupmates.config.errors import UserError
-from megatron_groupmates.pool.collect import CollectedSamples, SampleCollector
-from megatron_groupmates.pool.encode import encode_files
-from megatron_groupmates.pool.index import POOL_FILE, TOKENIZER_FILE, PoolFacts, PoolIndex, write_index, write_manifest
-from megatron_groupmates.pool.order import derive_key, permute
-from megatron_groupmates.pool.records import DocumentFile, find_inputs
-from megatron_groupmates.pool.sources import write_sources
+from megatron_groupmates.pool.gather import Destination
+from megatron_groupmates.pool.index import POOL_FILE
+from megatron_groupmates.pool.options import BuildOptions
+from megatron_groupmates.pool.passes import TOOL, Build
+from megatron_groupmates.pool.plan import count_cells
+from megatron_groupmates.pool.ranks import meet
+from megatron_groupmates.pool.records import find_inputs
 from megatron_groupmates.pool.tokenizer import PoolTokenizer
-from megatron_groupmates.pool.writer import shard_name, write_shard
-from megatron_groupmates.utils.files import atomic_directory, write_bytes
-from megatron_groupmates.utils.progress import progress_bar
-
-REJECTS_FILE = "rejects.jsonl"
-_SPOOL_FILE = "tokens.spool"
-_TOOL = "preprocess_dclm"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    """What shapes the pool's content: same options, inputs and tokenizer, byte-identical pools.
-
-    Attributes:
-        pack: tokens per packed context; None for one sample per document.
-        samples_per_shard: in all shards but the last.
-        seed: of the global shuffle.
-        text_field: dotted path of the text in a record.
-        kind_field: dotted path of the source kind in a record.
-        member_format: ``raw`` or ``json.gz``.
-
-    Raises:
-        UserError: a number is out of range.
-    """
-
-    pack: int | None = None
-    samples_per_shard: int = 8192
-    seed: int = 0
-    text_field: str = "text"
-    kind_field: str = "metadata.kind"
-    member_format: str = "raw"
-
-    def __post_init__(self) -> None:
-        if self.pack is not None and self.pack < 2:
-            raise UserError(f"a packed context has at least 2 tokens, not {self.pack}; change --pack")
-        if self.samples_per_shard < 1:
-            raise UserError(f"a shard has at least 1 sample, not {self.samples_per_shard}; change --samples-per-shard")
+from megatron_groupmates.pool.work import WorkDirectory, differences, versions_of_compressors
+from megatron_groupmates.utils.storage import find_files, is_remote, join, read_all
 
 
 def build_pool(
@@ -66,139 +36,106 @@ def build_pool(
     *,
     num_workers: int = 0,
     max_rejects: int | None = None,
-) -> tuple[dict[str, Any], bool]:
-    """Make a pool from raw documents; it is complete or absent.
+    work_directory: Path | str | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[dict[str, Any] | None, bool]:
+    """Make a pool from raw documents; it is complete when it has a ``pool.json``. Every rank of a launch calls it.
 
     Args:
-        inputs: files, glob patterns and directories.
-        output: the pool's directory; must not exist, or be empty, or be a pool made with the same arguments.
+        inputs: files, glob patterns and directories, local or URLs.
+        output: directory or URL of the pool; must not exist, or be empty, or be a pool or the beginnings of one made
+            with the same arguments.
         tokenizer: of the pool.
         options: what shapes its content.
-        num_workers: processes that tokenise, 0 to do it in this one; no influence on the content.
-        max_rejects: lines that may be unusable; None for any number. Above it the rejects are left in
-            ``<output>.rejects.jsonl``.
+        num_workers: processes of this rank, 0 to work in this one; no influence on the content.
+        max_rejects: documents that may be unusable, over all files; None for any number. What the quality filter leaves
+            out does not count.
+        work_directory: where finished work is kept until the pool is complete, ``<output>.work`` by default; on a local
+            or network file system that all ranks share.
+        rank: of this process.
+        world_size: processes that were started together for this pool.
 
     Returns:
-        (summary, built): counts that add up, and False where the pool was there already.
+        (summary, built): counts that add up, None on ranks but the first; False where the pool was there already.
 
     Raises:
-        UserError: an input matches nothing, no sample comes of the inputs, too many lines are rejected, or ``output``
-            is something else.
-        OSError: the pool cannot be written; nothing is left of it.
+        UserError: an input matches nothing, no sample comes of the inputs, too many documents are rejected, ``output`` or
+            the work directory is something else, or another rank failed.
+        OSError: an input cannot be read or a result cannot be written; the same call continues with what is finished.
     """
-    output = Path(output)
-    files = [DocumentFile(path, name, options.text_field) for name, path in find_inputs(inputs)]
+    output = str(output)
+    quality = options.quality_filter()
+    files, named_twice = find_inputs(inputs)
+    num_cells = count_cells([(file.name, file.num_bytes) for file in files], np.dtype(tokenizer.token_dtype).itemsize, options.cell_bytes)
     arguments = {
         "inputs": [[file.name, file.num_bytes] for file in files],
         "eot_id": tokenizer.eot_id,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        **dataclasses.asdict(options),
+        **options.as_arguments(None if quality is None else quality.fingerprint),
     }
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        return _check_present(output, arguments), False
-    with atomic_directory(output) as partial:
-        spool_path = partial / _SPOOL_FILE
-        collector = SampleCollector(spool_path, tokenizer.token_dtype, options.pack, options.kind_field)
-        with contextlib.closing(collector):
-            _collect(files, tokenizer, collector, num_workers, max_rejects, partial / REJECTS_FILE, output)
-            samples = collector.finish([file.name for file in files])
-        if samples.num_samples == 0:
-            raise UserError(f"no sample comes of the {len(files)} input files: {_describe(collector)}; check --text-field, or lower --pack")
-        summary = _summarise(collector, samples)
-        _write(partial, samples, tokenizer, options, {"tool": _TOOL, "arguments": arguments, "summary": summary})
-        spool_path.unlink()
-    return summary, True
+    plan = {**arguments, "versions": versions_of_compressors(options.member_format)}
+    work = WorkDirectory(_work_path(output, work_directory))
+    summary = _present_summary(output, arguments, work)
+    if summary is not None:
+        if rank == 0:
+            work.remove_leftover(plan)
+        return summary, False
+    build = Build(
+        files=tuple(files),
+        num_named_twice=len(named_twice),
+        output=output,
+        tokenizer=tokenizer,
+        options=options,
+        quality=quality,
+        arguments=arguments,
+        num_cells=num_cells,
+        work=work,
+        num_workers=num_workers,
+        max_rejects=max_rejects,
+        destination=Destination(output, work),
+    )
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            work.check_own()
+            stack.enter_context(work.locked())
+            work.begin(plan)
+            build.forget_lost_shards()
+        else:
+            work.check_plan(plan)
+        launch = meet(work.ranks, rank, world_size)
+        work.check_plan(plan)
+        stack.enter_context(launch.telling_failure())
+        return build.run(launch), True
 
 
-def _check_present(output: Path, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Summary of the pool that is there, if it was made with the same arguments."""
-    if not (output / POOL_FILE).is_file():
+def _work_path(output: str, work_directory: Path | str | None) -> Path:
+    if work_directory is not None:
+        if is_remote(work_directory):
+            raise UserError(f"the work directory is on a local or shared file system, not {work_directory}; change --work-directory")
+        return Path(work_directory)
+    if is_remote(output):
+        raise UserError(f"output {output} is remote: name a directory for unfinished work, shared by all hosts, with --work-directory")
+    return Path(f"{output.removeprefix('file://').rstrip('/')}.work")
+
+
+def _present_summary(output: str, arguments: dict[str, Any], work: WorkDirectory) -> dict[str, Any] | None:
+    """Summary of the pool that is there, if it was made with the same arguments; None where there is none yet.
+
+    Raises:
+        UserError: there is a pool made with other arguments, or something else.
+    """
+    if not is_remote(output) and Path(output.removeprefix("file://")).is_file():
         raise UserError(f"{output} is not empty and not a pool; choose another --output or remove it")
-    made_by = PoolIndex.open(output).facts["made_by"]
-    present = made_by.get("arguments", {})
-    different = sorted(name for name in {*present, *arguments} if present.get(name) != arguments.get(name))
-    if made_by.get("tool") != _TOOL or different:
-        values = "; ".join(f"{name} was {_shorten(present.get(name))}, is {_shorten(arguments.get(name))}" for name in different)
+    try:
+        made_by = json.loads(read_all(join(output, POOL_FILE))).get("made_by", {})
+    except FileNotFoundError:
+        if not work.plan.is_file() and find_files(output):
+            raise UserError(f"{output} is not empty and not a pool; choose another --output or remove it") from None
+        return None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{join(output, POOL_FILE)} is damaged: {error}; choose another --output or remove it") from error
+    values = differences(made_by.get("arguments", {}), arguments)
+    if made_by.get("tool") != TOOL or values:
         raise UserError(f"{output} is a pool made with other arguments ({values}); choose another --output or remove it")
     return made_by["summary"]
-
-
-def _shorten(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-def _collect(
-    files: list[DocumentFile],
-    tokenizer: PoolTokenizer,
-    collector: SampleCollector,
-    num_workers: int,
-    max_rejects: int | None,
-    rejects_path: Path,
-    output: Path,
-) -> None:
-    """Encode all files into the collector and write the rejects file."""
-    done = [0] * len(files)
-    with (
-        open(rejects_path, "w", encoding="utf-8") as rejects_file,
-        progress_bar(sum(file.num_bytes for file in files), "tokenise", unit="B", unit_scale=True) as bar,
-    ):
-        for batch in encode_files(files, tokenizer, num_workers):
-            collector.add(batch)
-            for reject in batch.rejects:
-                rejects_file.write(json.dumps(dataclasses.asdict(reject)) + "\n")
-            bar.update(batch.position - done[batch.file])
-            done[batch.file] = batch.position
-            num_rejects = collector.counts["documents_rejected"]
-            if max_rejects is not None and num_rejects > max_rejects:
-                rejects_file.flush()
-                kept = output.with_name(f"{output.name}.{REJECTS_FILE}")
-                write_bytes(kept, rejects_path.read_bytes())
-                raise UserError(
-                    f"{num_rejects} lines rejected so far, --max-rejects is {max_rejects}; {kept} lists them ({_describe(collector)})"
-                )
-
-
-def _describe(collector: SampleCollector) -> str:
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(collector.rejects_by_kind.items()))
-    return (
-        f"{collector.counts['documents_accepted']} documents with {collector.counts['tokens_encoded']} tokens, "
-        f"{collector.counts['documents_rejected']} lines rejected{f' ({kinds})' if kinds else ''}"
-    )
-
-
-def _summarise(collector: SampleCollector, samples: CollectedSamples) -> dict[str, Any]:
-    counts = collector.counts
-    tokens_in_pool = int(samples.lengths.sum())
-    assert tokens_in_pool + counts["tokens_dropped_in_tails"] == counts["tokens_encoded"]
-    return {
-        "documents_read": counts["documents_accepted"] + counts["documents_rejected"],
-        **counts,
-        "rejects_by_kind": dict(sorted(collector.rejects_by_kind.items())),
-        "tokens_in_pool": tokens_in_pool,
-        "samples": samples.num_samples,
-    }
-
-
-def _write(directory: Path, samples: CollectedSamples, tokenizer: PoolTokenizer, options: BuildOptions, made_by: dict[str, Any]) -> None:
-    """Write shuffled shards, their sources, the tokenizer and the index."""
-    order = permute(np.arange(samples.num_samples), samples.num_samples, derive_key("pool shuffle", options.seed))
-    shards = []
-    with progress_bar(samples.num_samples, "write shards", unit="sample", unit_scale=True) as bar:
-        for number, first in enumerate(range(0, samples.num_samples, options.samples_per_shard)):
-            chosen = order[first : first + options.samples_per_shard].tolist()
-            shards.append(write_shard(directory, number, map(samples.tokens, chosen), tokenizer.token_dtype, options.member_format))
-            write_sources(directory, shard_name(number), map(samples.source, chosen))
-            bar.update(len(chosen))
-    write_bytes(directory / TOKENIZER_FILE, tokenizer.content)
-    facts = PoolFacts(
-        member_format=options.member_format,
-        token_dtype=tokenizer.token_dtype,
-        vocab_size=tokenizer.vocab_size,
-        eot_id=tokenizer.eot_id,
-        tokenizer={"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
-        kinds=samples.kinds,
-        made_by=made_by,
-    )
-    write_manifest(directory, shards)
-    write_index(directory, facts, shards, samples.kind_of[order])

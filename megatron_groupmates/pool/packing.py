@@ -68,6 +68,11 @@ class Packer:
         self._documents = self._first_tokens = self._num_tokens = np.empty(0, dtype=np.int64)
         return num_dropped
 
+    @property
+    def first_pending(self) -> int | None:
+        """Number of the first document of which a later context may have a part; None where there is none."""
+        return int(self._documents[0]) if len(self._documents) else None
+
     def add(self, tokens: np.ndarray, lengths: np.ndarray, first_document: int) -> SampleBlock:
         """The contexts that are full after these documents; arguments as :func:`one_per_document`, lengths above 0."""
         tokens = np.concatenate([self._tokens, tokens])

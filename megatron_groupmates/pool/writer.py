@@ -1,7 +1,11 @@
-"""Writing token shards: tars with one member per sample, byte-identical for identical samples."""
+"""Writing token shards: tars with one member per sample, byte-identical for identical samples.
+
+The bytes of ``raw`` members depend on the ids alone, those of ``json.gz`` members also on the version of zlib.
+"""
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import json
@@ -14,6 +18,7 @@ import numpy as np
 from megatron_groupmates.pool.index import MEMBER_FORMATS, ShardRecord
 from megatron_groupmates.utils.files import atomic_file
 
+_GZIP_LEVEL = 4  # ids hardly compress: four per cent larger than with the default, in a sixth of the time
 _SUFFIX = {"raw": "bin", "json.gz": "json.gz"}
 
 
@@ -32,13 +37,27 @@ def encode_member(tokens: np.ndarray, dtype: str, member_format: str) -> bytes:
     assert member_format in MEMBER_FORMATS, member_format
     if member_format == "raw":
         return tokens.astype(np.dtype(dtype).newbyteorder("<"), copy=False).tobytes()
-    return gzip.compress(json.dumps(tokens.tolist()).encode(), mtime=0)
+    return gzip.compress(json.dumps(tokens.tolist()).encode(), _GZIP_LEVEL, mtime=0)
+
+
+_NAME, _CHECKSUM = slice(0, 100), slice(148, 156)  # fields of a tar header
+
+
+@functools.lru_cache(maxsize=1024)
+def _nameless_header(size: int) -> tuple[bytes, bytes, int]:
+    """What stands between name and checksum of a header, what stands after them, and the checksum without the name."""
+    info = tarfile.TarInfo("")
+    info.size, info.mode, info.mtime = size, 0o644, 0
+    header = info.tobuf(tarfile.GNU_FORMAT)
+    before, after = header[_NAME.stop : _CHECKSUM.start], header[_CHECKSUM.stop :]
+    return before, after, sum(before) + sum(after) + 8 * ord(" ")
 
 
 def _header(name: str, size: int) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size, info.mode, info.mtime = size, 0o644, 0
-    return info.tobuf(tarfile.GNU_FORMAT)
+    """GNU header of a regular file. Python's own takes longer than everything else that is done to a sample here."""
+    encoded = name.encode()
+    before, after, checksum = _nameless_header(size)
+    return b"%b%b%06o\0 %b" % (encoded.ljust(_NAME.stop, b"\0"), before, checksum + sum(encoded), after)
 
 
 def write_shard(directory: Path | str, number: int, samples: Iterable[np.ndarray], dtype: str, member_format: str = "raw") -> ShardRecord:

@@ -45,7 +45,8 @@ def test_from_any_directory_with_workers(raw: Path) -> None:
     index = PoolIndex.open(raw / "pool")
     assert index.num_shards > 1 and index.tokenizer["name"] == "tokenizer.json"
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert ["documents", "read", "81"] in lines and ["broken_json", "1"] in lines
+    assert ["documents", "read", "81"] in lines and ["broken_json", "1"] in lines and ["input", "files", "2"] in lines
+    assert "  tokenizer engine  " in done.stdout
     assert f"in {index.num_samples:,} samples" in done.stdout
     assert "tokenise" in done.stderr and "write shards" in done.stderr
 
@@ -69,7 +70,12 @@ def test_second_run_and_other_arguments(
         (["--tokenizer", "./none"], "error: there is no tokenizer at ./none"),
         (["--eot", "<eos>"], "has no token '<eos>'"),
         (["--pack", "1"], "a packed context has at least 2 tokens, not 1"),
-        (["--max-rejects", "0"], "1 lines rejected so far, --max-rejects is 0"),
+        (["--max-rejects", "0"], "1 documents rejected so far, --max-rejects is 0"),
+        (["--storage-options", "{"], "error: --storage-options is not JSON"),
+        (["--storage-options", "[]"], "error: --storage-options is an object of protocols, not []"),
+        (["--output", "s3://pools/x"], "output s3://pools/x is remote: name a directory for unfinished work"),
+        (["--work-directory", "s3://pools/x"], "the work directory is on a local or shared file system, not s3://pools/x"),
+        (["--work-directory", "raw"], "work directory raw holds something else (a.jsonl.zstd, b.jsonl)"),
         (["--pack", "100000"], "no sample comes of the 2 input files"),
         (["--output", "tokenizer.json/pool"], "error: cannot make tokenizer.json/pool"),
     ],
@@ -92,15 +98,47 @@ def test_no_traceback_for_mistakes(raw: Path) -> None:
 
 
 def test_a_full_disk(raw: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--input", "raw", "--output", "pool", "--tokenizer", "tokenizer.json", "--workers", "0"]
+
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.chdir(raw)
-    monkeypatch.setattr("megatron_groupmates.utils.files.os.fsync", full)
-    assert tool.main(["--input", "raw", "--output", "pool", "--tokenizer", "tokenizer.json", "--workers", "0"]) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_groupmates.utils.files.os.fsync", full)
+        assert tool.main(arguments) == 1
     error = capsys.readouterr().err
-    assert "No space left on device; free space or choose another --output. No partial pool is left" in error
-    assert sorted(path.name for path in raw.iterdir()) == ["raw", "tokenizer.json"]
+    assert "No space left on device. Finished work is kept: free space; then repeat the same command to continue" in error
+    assert not (raw / "pool").exists()
+    assert tool.main(arguments) == 0
+    assert not (raw / "pool.work").exists()
+
+
+def test_no_torch_in_its_way(raw: Path) -> None:
+    """Starting takes a fraction of a second, in every worker."""
+    script = "import runpy, sys; sys.argv = ['x', '--help']\ntry: runpy.run_path({!r}, run_name='__main__')\n"
+    script = script.format(str(TOOL)) + "except SystemExit: print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=raw, capture_output=True, text=True, timeout=120)
+    assert done.stdout.endswith("False False\n"), done.stderr
+
+
+def test_fewer_files_than_workers_is_said_once(raw: Path) -> None:
+    done = run(raw, "--workers", "3")
+    assert done.returncode == 0 and done.stderr.count("2 input files for 3 workers: a file is read by one worker") == 1
+
+
+def test_all_options_reach_the_pool(raw: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(raw)
+    arguments = ["--input", "raw", "raw/b.jsonl", "--output", "pool", "--tokenizer", "tokenizer.json", "--workers", "0", "--seed", "7"]
+    arguments += ["--metadata-field", "url.domain", "--metadata-field", "metadata.kind", "--kind-field", "url.domain", "--pack", "9"]
+    arguments += ["--cell-bytes", "5000", "--samples-per-shard", "70", "--member-format", "json.gz", "--work-directory", "work"]
+    assert tool.main(arguments) == 0
+    assert "(1 named twice)" in capsys.readouterr().out
+    made = PoolIndex.open(raw / "pool").facts["made_by"]["arguments"]
+    expected = {"pack": 9, "seed": 7, "samples_per_shard": 70, "cell_bytes": 5000, "member_format": "json.gz", "kind_field": "url.domain"}
+    assert made == {**made, **expected, "metadata_fields": ["url.domain", "metadata.kind"], "inputs": made["inputs"]}
+    assert [name for name, _ in made["inputs"]] == ["a.jsonl.zstd", "b.jsonl"]
+    assert not (raw / "work").exists()
 
 
 def test_help(raw: Path) -> None:
