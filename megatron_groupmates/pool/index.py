@@ -3,14 +3,18 @@
 A pool is a directory with
 
 - ``shard_XXXXXXXX.tar``: token shards, one member per sample (or ``shard_directory`` in ``pool.json`` says where they
-  lie, relative to the pool);
-- ``pool.json``: small facts (formats, tokenizer, kinds, and for each shard its counts, size and SHA-256);
+  lie: a URL, or a directory relative to the pool or absolute);
+- ``pool.json``: small facts (formats, tokenizer, kinds, and for each shard its counts, size and SHA-256), and ``digest``, the
+  SHA-256 of all of them but ``shard_directory``: shards may be moved;
 - ``index.bin``: for all samples, shards in order of their names, four little-endian arrays one after the other:
   uint64 offset of the member's data in its tar, uint32 size of that data in bytes, int32 length in tokens, int16 kind
   (index into ``kinds``, -1 where unknown). Memory-mapped, so the processes of a host share one copy;
 - ``manifest.jsonl``: DCLM's manifest, one ``{"num_sequences", "shard"}`` per line;
 - ``tokenizer.json``: the tokenizer that made the ids;
 - ``shard_XXXXXXXX.meta.jsonl.zst``: where the samples come from, see :mod:`megatron_groupmates.pool.sources`.
+
+The directory may be a URL of any fsspec file system: then index and tokenizer are copied to a cache on this host, and
+:class:`megatron_groupmates.pool.reader.PoolReader` reads ranges of the shards.
 
 A sample's identity is (shard name, row in that tar). In memory it is a *pool row*: ``first_row[shard] + row``.
 """
@@ -19,14 +23,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_groupmates.config.errors import UserError
-from megatron_groupmates.utils.files import atomic_file, read_json, sha256_file, sha256_json, write_json, write_text
+from megatron_groupmates.pool.remote import RemoteSettings, fetch_files
+from megatron_groupmates.pool.shard_check import check_shards
+from megatron_groupmates.utils.files import atomic_file, sha256_file, sha256_json, write_json, write_text
+from megatron_groupmates.utils.storage import configure_storage, is_remote, join, read_all, storage_options
 
 POOL_FILE = "pool.json"
 INDEX_FILE = "index.bin"
@@ -85,7 +93,7 @@ class PoolFacts:
         tokenizer: ``name`` as the user gave it and ``fingerprint``, the SHA-256 of ``tokenizer.json``.
         kinds: names of the source kinds.
         made_by: arguments and counts of the tool that made the pool.
-        shard_directory: where the shards lie, relative to the pool or absolute.
+        shard_directory: where the shards lie: a URL, or a directory relative to the pool or absolute.
     """
 
     member_format: str
@@ -117,18 +125,21 @@ def write_index(directory: Path | str, facts: PoolFacts, shards: Sequence[ShardR
         for dtype, name in _SECTIONS:
             assert len(columns[name]) == len(columns["lengths"]), name
             file.write(np.ascontiguousarray(columns[name], dtype=dtype).data)
-    write_json(
-        directory / POOL_FILE,
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            **dataclasses.asdict(facts),
-            "num_samples": len(columns["lengths"]),
-            "num_tokens": int(columns["lengths"].sum(dtype=np.int64)),
-            "index_sha256": sha256_file(directory / INDEX_FILE),
-            "shards": [shard.facts for shard in shards],
-        },
-    )
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        **dataclasses.asdict(facts),
+        "num_samples": len(columns["lengths"]),
+        "num_tokens": int(columns["lengths"].sum(dtype=np.int64)),
+        "index_sha256": sha256_file(directory / INDEX_FILE),
+        "shards": [shard.facts for shard in shards],
+    }
+    write_json(directory / POOL_FILE, {**description, "digest": description_digest(description)})
+
+
+def description_digest(description: Mapping[str, Any]) -> str:
+    """``digest`` of the content of a ``pool.json``."""
+    return sha256_json({name: value for name, value in description.items() if name not in ("digest", "shard_directory")})
 
 
 def write_manifest(directory: Path | str, shards: Sequence[ShardRecord]) -> None:
@@ -141,8 +152,11 @@ class PoolIndex:
     """A pool opened for reading (layout in the module's docstring). Safe to share between threads and processes.
 
     Attributes:
-        directory: the pool.
+        directory: the pool; the URL of a remote one.
+        shard_directory: where the shards lie, a path or URL.
+        remote: what is kept of a remote pool on this host.
         shard_names: names of the shards, sorted.
+        shard_sizes: int64[num_shards], bytes of each shard.
         rows_per_shard: int64[num_shards].
         first_row: int64[num_shards + 1], pool row of each shard's first sample; the last is ``num_samples``.
         num_samples: samples in the pool.
@@ -155,16 +169,20 @@ class PoolIndex:
             and the tokenizer's fingerprint.
     """
 
-    def __init__(self, directory: Path, facts: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
-        """Use :meth:`open`."""
+    def __init__(self, directory: Path | str, local: Path, facts: dict[str, Any], remote: RemoteSettings) -> None:
+        """Use :meth:`open`. ``local`` is where ``index.bin`` and ``tokenizer.json`` lie on this host."""
         shards = facts["shards"]
         self.directory = directory
+        self.shard_directory = _resolve(directory, facts["shard_directory"])
+        self.remote = remote
         self.facts = facts
         self.shard_names: list[str] = [shard["name"] for shard in shards]
+        self.shard_sizes = np.array([shard["num_bytes"] for shard in shards], dtype=np.int64)
         self.rows_per_shard = np.array([shard["num_samples"] for shard in shards], dtype=np.int64)
         self.first_row = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.rows_per_shard)])
         self.num_samples: int = facts["num_samples"]
         self.num_tokens: int = facts["num_tokens"]
+        columns = _map_columns(directory, local, facts)
         self.offsets, self.member_bytes = columns["offsets"], columns["member_bytes"]
         self.lengths, self.kind_of = columns["lengths"], columns["kind_of"]
         self.kinds: list[str] = facts["kinds"]
@@ -175,41 +193,69 @@ class PoolIndex:
         self.tokenizer: dict[str, str] = facts["tokenizer"]
         identity = [[shard["name"], shard["num_samples"], shard["num_tokens"], shard["sha256"]] for shard in shards]
         self.fingerprint = sha256_json([identity, self.tokenizer["fingerprint"]])
+        self._local = local
         self._shard_number = {name: number for number, name in enumerate(self.shard_names)}
 
     @classmethod
-    def open(cls, directory: Path | str, verify: bool = True) -> PoolIndex:
-        """Open the pool in ``directory``.
+    def open(cls, directory: Path | str, verify: bool = True, remote: RemoteSettings | None = None) -> PoolIndex:
+        """Open the pool in ``directory``, a path or URL.
 
         Args:
             directory: the pool.
             verify: check the digests of index and tokenizer and every shard's presence and size; only False in a
                 process whose parent has done so.
+            remote: what to keep of a remote pool on this host; the defaults of the settings when None.
 
         Raises:
-            UserError: there is no such directory, it is not a pool or an empty one, it is of another version, a shard
-                is missing or has another size, or a digest does not match.
+            UserError: there is no such directory, it is not a pool or an empty one, it is of another version, shards
+                are missing or have another size, a digest does not match, or the storage fails.
         """
-        directory = Path(directory)
-        facts = _read_facts(directory)
-        columns = _map_columns(directory, facts)
-        index = cls(directory, facts, columns)
+        directory = str(directory).rstrip("/") if is_remote(directory) else Path(str(directory).removeprefix("file://"))
+        try:
+            return cls._open(directory, verify, remote or RemoteSettings())
+        except OSError as error:
+            raise UserError(
+                f"pool {directory} cannot be opened: {error}; check the path or URL, and for a store its credentials "
+                "and data.storage_options"
+            ) from error
+
+    @classmethod
+    def _open(cls, directory: Path | str, verify: bool, remote: RemoteSettings) -> PoolIndex:
+        content = _read_description(directory)
+        facts = _parse_facts(directory, content)
+        digests = {INDEX_FILE: facts["index_sha256"], TOKENIZER_FILE: facts["tokenizer"]["fingerprint"]}
+        local = fetch_files(directory, digests, content, remote, verify) if isinstance(directory, str) else directory
+        index = cls(directory, local, facts, remote)
         if verify:
-            index._verify()
+            check_shards(directory, index.shard_directory, index.shard_names, index.shard_sizes.tolist())
+            if local == directory:
+                index._verify_digests(digests)
         return index
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as its path: data loader workers map the file again instead of receiving a copy."""
-        return PoolIndex.open, (self.directory, False)
+        return _reopen, (self.directory, self.remote, storage_options())
 
     @property
     def num_shards(self) -> int:
         """Shards in the pool."""
         return len(self.shard_names)
 
-    def shard_path(self, shard: int) -> Path:
-        """The tar of shard number ``shard`` (in pool order)."""
-        return self.directory / self.facts["shard_directory"] / f"{self.shard_names[shard]}.tar"
+    @property
+    def content_key(self) -> str:
+        """Names the bytes of the shards in a cache; shards without digests are told apart by where they lie."""
+        return f"{self.fingerprint} {self.shard_directory}"
+
+    def shard_path(self, shard: int) -> Path | str:
+        """The tar of shard number ``shard`` (in pool order); a URL where the shards are remote."""
+        name = f"{self.shard_names[shard]}.tar"
+        return self.shard_directory / name if isinstance(self.shard_directory, Path) else join(self.shard_directory, name)
+
+    def file_path(self, name: str) -> Path | str:
+        """Where to read a file of the pool's directory: the local copy of index and tokenizer, else in place."""
+        if name in (INDEX_FILE, TOKENIZER_FILE):
+            return self._local / name
+        return self.directory / name if isinstance(self.directory, Path) else join(self.directory, name)
 
     def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pool rows to (shard number int64[n], row in that shard int64[n]).
@@ -242,20 +288,9 @@ class PoolIndex:
             )
         return rows + self.first_row[number]
 
-    def _verify(self) -> None:
-        for number, shard in enumerate(self.facts["shards"]):
-            path = self.shard_path(number)
-            if not path.is_file():
-                raise UserError(f"pool {self.directory}: shard {path} is missing; restore it or make the pool again")
-            size = path.stat().st_size
-            if size != shard["num_bytes"]:
-                raise UserError(
-                    f"pool {self.directory}: shard {path} has {size} bytes, the index says "
-                    f"{shard['num_bytes']}; restore it or make the pool again"
-                )
-        digests = {INDEX_FILE: self.facts["index_sha256"], TOKENIZER_FILE: self.tokenizer["fingerprint"]}
+    def _verify_digests(self, digests: Mapping[str, str]) -> None:
         for name, expected in digests.items():
-            path = self.directory / name
+            path = self._local / name
             found = sha256_file(path) if path.is_file() else "missing"
             if found != expected:
                 raise UserError(
@@ -264,33 +299,60 @@ class PoolIndex:
                 )
 
 
-def _read_facts(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
+def _reopen(directory: Path | str, remote: RemoteSettings, options: Mapping[str, Mapping[str, Any]]) -> PoolIndex:
+    if options:
+        configure_storage(options)
+    return PoolIndex.open(directory, False, remote)
+
+
+def _resolve(directory: Path | str, shard_directory: str) -> Path | str:
+    """Where the shards of the pool in ``directory`` lie; a ``Path`` if on a local file system."""
+    if is_remote(shard_directory):
+        return shard_directory.rstrip("/")
+    if isinstance(directory, Path) or os.path.isabs(shard_directory):
+        return Path(directory) / shard_directory
+    return directory if shard_directory == "." else join(directory, shard_directory)
+
+
+def _read_description(directory: Path | str) -> bytes:
+    """Content of ``pool.json``."""
+    if isinstance(directory, Path) and not directory.is_dir():
         raise UserError(f"there is no pool at {directory}: no such directory; make one with tools/preprocess_dclm.py")
-    path = directory / POOL_FILE
-    if not path.is_file():
+    try:
+        return read_all(join(directory, POOL_FILE))
+    except FileNotFoundError:
         raise UserError(
             f"{directory} is not a pool: it has no {POOL_FILE}; make a pool with tools/preprocess_dclm.py, "
             "or index existing token shards with tools/index_pool.py"
-        )
+        ) from None
+
+
+def _parse_facts(directory: Path | str, content: bytes) -> dict[str, Any]:
+    path = join(directory, POOL_FILE)
     try:
-        facts = read_json(path)
-    except ValueError as error:
+        facts = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}; make the pool again") from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise UserError(f"{path} is not the description of a pool: its format is not {FORMAT!r}")
     if facts.get("version") != VERSION:
         raise UserError(f"{path} has version {facts.get('version')!r}, this package reads {VERSION}; make the pool again")
-    missing = {"num_samples", "num_tokens", "shards", "index_sha256", *(field.name for field in dataclasses.fields(PoolFacts))} - set(facts)
+    expected = {"num_samples", "num_tokens", "shards", "index_sha256", "digest", *(field.name for field in dataclasses.fields(PoolFacts))}
+    missing = expected - set(facts)
     if missing:
         raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}; make the pool again")
+    digest = description_digest(facts)
+    if digest != facts["digest"]:
+        raise UserError(f"{path} is damaged: its content has digest {digest}, it says {facts['digest']}; restore it or make the pool again")
+    if not isinstance(facts["shard_directory"], str):
+        raise UserError(f"{path} is damaged: shard_directory is {facts['shard_directory']!r}; say where the shards lie")
     if facts["num_samples"] == 0:
         raise UserError(f"pool {directory} is empty: it has no sample")
     return facts
 
 
-def _map_columns(directory: Path, facts: dict[str, Any]) -> dict[str, np.ndarray]:
-    path, num_samples = directory / INDEX_FILE, facts["num_samples"]
+def _map_columns(directory: Path | str, local: Path, facts: dict[str, Any]) -> dict[str, np.ndarray]:
+    path, num_samples = local / INDEX_FILE, facts["num_samples"]
     size, expected = path.stat().st_size if path.is_file() else 0, num_samples * _BYTES_PER_SAMPLE
     if size != expected or num_samples != sum(shard["num_samples"] for shard in facts["shards"]):
         raise UserError(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import multiprocessing
+import logging
 import os
 import pickle
 import tarfile
@@ -15,29 +13,16 @@ import numpy as np
 import pytest
 
 from megatron_groupmates.config.errors import UserError
-from megatron_groupmates.pool import reader as reader_module
 from megatron_groupmates.pool.index import PoolIndex
-from megatron_groupmates.pool.reader import PoolReader, decode_json_member
+from megatron_groupmates.pool.members import decode_json_member
+from megatron_groupmates.pool.reader import PoolReader
 from megatron_groupmates.pool.writer import token_dtype, write_shard
-from tests.pool.helpers import make_pool
+from tests.pool.helpers import change_facts, make_pool
 
 
 def ragged(count: int, vocab_size: int = 300) -> list[np.ndarray]:
     generator = np.random.default_rng(1)
     return [generator.integers(0, vocab_size, generator.integers(1, 700)) for _ in range(count)]
-
-
-@pytest.mark.parametrize(("member_format", "vocab_size"), [("raw", 300), ("raw", 100_000), ("json.gz", 300)])
-def test_reads_what_was_written(tmp_path: Path, member_format: str, vocab_size: int) -> None:
-    samples = ragged(16, vocab_size)
-    index = make_pool(tmp_path, samples=samples, member_format=member_format, vocab_size=vocab_size)
-    reader = PoolReader(index)
-    for row in np.random.default_rng(0).permutation(16):
-        tokens = reader.read(int(row))
-        assert tokens.dtype == np.int64
-        assert np.array_equal(tokens, samples[row])
-    many = reader.read_many(np.array([7, 0, 7]))
-    assert [tokens.tolist() for tokens in many] == [samples[row].tolist() for row in (7, 0, 7)]
 
 
 def test_facts_of_the_index(tmp_path: Path) -> None:
@@ -124,9 +109,9 @@ def test_narrowest_dtype() -> None:
     assert [token_dtype(size) for size in (2, 65536, 65537)] == ["uint16", "uint16", "uint32"]
 
 
-def change_facts(directory: Path, **changes: object) -> None:
-    path = directory / "pool.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+def change_text(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
 
 
 def flip_byte(path: Path, position: int = 0) -> None:
@@ -138,8 +123,11 @@ def flip_byte(path: Path, position: int = 0) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda pool: os.remove(pool / "shard_00000001.tar"), "shard .*shard_00000001.tar is missing"),
-        (lambda pool: os.truncate(pool / "shard_00000001.tar", 100), "has 100 bytes, the index says 10240"),
+        (lambda pool: os.remove(pool / "shard_00000001.tar"), "1 of 3 shards are missing in .*: shard_00000001.tar; restore them"),
+        (
+            lambda pool: os.truncate(pool / "shard_00000001.tar", 100),
+            "1 shards in .* have another size: shard_00000001.tar has 100 bytes, the index says 10240",
+        ),
         (lambda pool: flip_byte(pool / "index.bin"), "index.bin is not the one the pool was made with"),
         (lambda pool: os.truncate(pool / "index.bin", 5), "index.bin has 5 bytes, 16 samples need 288"),
         (lambda pool: os.remove(pool / "index.bin"), "index.bin has 0 bytes"),
@@ -150,6 +138,8 @@ def flip_byte(path: Path, position: int = 0) -> None:
         (lambda pool: (pool / "pool.json").write_text("[]"), "is not the description of a pool"),
         (lambda pool: change_facts(pool, version=9), "has version 9, this package reads 1"),
         (lambda pool: change_facts(pool, num_samples=0), "is empty: it has no sample"),
+        (lambda pool: change_text(pool / "pool.json", '"eot_id": 0', '"eot_id": 1'), "pool.json is damaged: its content has digest"),
+        (lambda pool: change_text(pool / "pool.json", '"num_tokens"', '"num_takens"'), "it lacks num_tokens"),
         (lambda pool: (pool / "pool.json").write_text('{"format": "megatron_groupmates pool", "version": 1}'), "it lacks"),
     ],
 )
@@ -161,66 +151,44 @@ def test_damaged_pools_are_refused(tmp_path: Path, damage, message: str) -> None
     assert str(tmp_path) in str(caught.value)
 
 
+def test_all_faults_of_the_shards_are_counted_and_the_first_named(tmp_path: Path) -> None:
+    make_pool(tmp_path, (1,) * 30)
+    for number in range(12):
+        os.remove(tmp_path / f"shard_{number:08d}.tar")
+    for number in range(20, 22):
+        os.truncate(tmp_path / f"shard_{number:08d}.tar", 1)
+    with pytest.raises(UserError) as caught:
+        PoolIndex.open(tmp_path)
+    missing = ", ".join(f"shard_{number:08d}.tar" for number in range(10))
+    resized = ", ".join(f"shard_{number:08d}.tar has 1 bytes, the index says 10240" for number in range(20, 22))
+    assert str(caught.value) == (
+        f"pool {tmp_path}: 12 of 30 shards are missing in {tmp_path}: {missing} and 2 more; "
+        f"2 shards in {tmp_path} have another size: {resized}; restore them or make the pool again"
+    )
+    assert PoolIndex.open(tmp_path, verify=False).num_samples == 30
+
+
+def test_tars_that_are_not_in_the_index_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_pool(tmp_path, (1,) * 2)
+    assert not caplog.records
+    write_shard(tmp_path, 7, [np.array([1])], "uint16")
+    with caplog.at_level(logging.WARNING):
+        assert PoolIndex.open(tmp_path).num_shards == 2
+    assert f"1 tars in {tmp_path} are not in its index and will not be read: shard_00000007.tar" in caplog.text
+
+
+def test_files_of_the_pool(tmp_path: Path) -> None:
+    index = make_pool(tmp_path)
+    assert index.file_path("index.bin") == tmp_path / "index.bin"
+    assert index.file_path("shard_00000000.meta.jsonl.zst") == tmp_path / "shard_00000000.meta.jsonl.zst"
+    assert index.shard_path(1) == tmp_path / "shard_00000001.tar"
+    assert PoolIndex.open(f"file://{tmp_path}").shard_path(1) == index.shard_path(1)
+    assert PoolIndex.open(str(tmp_path)).fingerprint == index.fingerprint
+
+
 def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no pool at .*nowhere: no such directory"):
         PoolIndex.open(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("member_format", ["raw", "json.gz"])
-def test_a_damaged_sample_names_shard_and_row(tmp_path: Path, member_format: str) -> None:
-    index = make_pool(tmp_path, member_format=member_format)
-    reader = PoolReader(index)
-    with open(tmp_path / "shard_00000001.tar", "r+b") as file:
-        file.seek(int(index.offsets[7]))
-        file.write(b"\xff" * int(index.member_bytes[7]))
-    with pytest.raises(UserError, match=r"shard_00000001.tar, row 2: cannot read the sample"):
-        reader.read(7)
-    reader.read(6)
-    os.truncate(tmp_path / "shard_00000001.tar", int(index.offsets[9]) + 3)
-    with pytest.raises(UserError, match=r"row 4: .* the file ends after 3"):
-        reader.read(9)
-    os.remove(tmp_path / "shard_00000002.tar")
-    with pytest.raises(UserError, match=r"row 0: cannot read the sample: .*No such file"):
-        reader.read(13)
-
-
-@pytest.mark.parametrize("content", [b"{}", b"[]", b"[1.5]", b"[[1]]", b'["a"]', b"[1"])
-def test_json_members_must_be_lists_of_ids(content: bytes) -> None:
-    with pytest.raises(ValueError):
-        decode_json_member(gzip.compress(content))
-
-
-def test_open_files_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "_NUM_OPEN_FILES", 2)
-    index = make_pool(tmp_path, (2,) * 6)
-    reader = PoolReader(index)
-    before = len(os.listdir("/proc/self/fd"))
-    for row in np.random.default_rng(0).integers(0, 12, 100):
-        reader.read(int(row))
-    assert len(os.listdir("/proc/self/fd")) - before <= 2
-    reader.close()
-    assert len(os.listdir("/proc/self/fd")) == before
-    reader.read(0)
-
-
-def read_all(reader: PoolReader, queue) -> None:
-    queue.put([tokens.tolist() for tokens in reader.read_many(range(reader.index.num_samples))])
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_readers_work_in_other_processes(tmp_path: Path, method: str) -> None:
-    reader = PoolReader(make_pool(tmp_path))
-    expected = [tokens.tolist() for tokens in reader.read_many(range(16))]
-    context = multiprocessing.get_context(method)
-    queue = context.Queue()
-    processes = [context.Process(target=read_all, args=(reader, queue)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    assert [queue.get(timeout=60), queue.get(timeout=60)] == [expected, expected]
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert [tokens.tolist() for tokens in reader.read_many(range(16))] == expected
 
 
 def test_a_pickled_index_maps_the_file_again(tmp_path: Path) -> None:
