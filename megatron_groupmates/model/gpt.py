@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,8 @@ def build_gpt(config: Config, groups: ParallelGroups, tensor_model_parallel_size
         rotary_base=config.model.rotary_base,
     )
     model = model.to(device=groups.device, dtype=dtype)
+    if config.data.reset_position_ids:
+        _follow_position_ids(model)
     _sum_query_key_norm_gradients(model, groups)
     return model
 
@@ -61,6 +64,12 @@ def token_logits(
     """Logits of this rank's slice of the vocabulary: int64 ``[b, s]`` -> ``[b, s, vocab / tensor_size]``.
 
     Collective over the tensor-parallel group.
+
+    Args:
+        model: the GPT or its engine.
+        tokens: inputs.
+        attention_mask: bool ``[b, 1, s, s]``, True where hidden; causal when None.
+        position_ids: int64 ``[b, s]``; followed where the model was built with ``data.reset_position_ids``.
     """
     if position_ids is None:
         position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -68,13 +77,18 @@ def token_logits(
 
 
 @torch.no_grad()
-def hidden_states(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
+def hidden_states(
+    model: GPTModel,
+    tokens: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Final hidden states after the last norm, the same on every tensor-parallel rank: int64 ``[b, s]`` -> ``[s, b, h]``.
 
-    Collective over the tensor-parallel group.
+    Collective over the tensor-parallel group. Arguments as of :func:`token_logits`.
     """
     with _without_output_layer(model):
-        return token_logits(model, tokens)
+        return token_logits(model, tokens, attention_mask, position_ids)
 
 
 @contextlib.contextmanager
@@ -126,11 +140,42 @@ def _transformer_config(config: Config, tensor_model_parallel_size: int, dtype: 
 
 def _layer_spec(config: Config, device: torch.device) -> ModuleSpec:
     if config.model.transformer_engine == "auto" and device.type == "cuda" and importlib.util.find_spec("transformer_engine"):
-        logger.info("layers: Transformer Engine")
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+        if config.data.reset_attention_mask:
+            # Transformer Engine's fast kernels take no mask of our own.
+            spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+            logger.info("layers: Transformer Engine, with torch's attention for data.reset_attention_mask")
+        else:
+            logger.info("layers: Transformer Engine")
+        return spec
     spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
     return spec
+
+
+class _DocumentRotary(torch.nn.Module):
+    """Rotary angles at the position ids of the batch in hand, where megatron-core's module counts positions from 0 on."""
+
+    def __init__(self, rotary: torch.nn.Module) -> None:
+        super().__init__()
+        self._rotary = rotary
+        self.get_rotary_seq_len = rotary.get_rotary_seq_len
+        self.position_ids: torch.Tensor | None = None
+
+    def forward(self, max_seq_len: int, **options: Any) -> torch.Tensor:
+        """Angles float32 ``[s, b, 1, d]`` of the positions in ``position_ids``, all below ``max_seq_len``."""
+        assert self.position_ids is not None
+        angles = self._rotary(max_seq_len, **options)
+        return angles[:, 0, 0][self.position_ids.transpose(0, 1)].unsqueeze(2)
+
+
+def _follow_position_ids(model: GPTModel) -> None:
+    rotary = model.rotary_pos_emb = _DocumentRotary(model.rotary_pos_emb)
+
+    def note(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        rotary.position_ids = arguments[1]
+
+    model.register_forward_pre_hook(note)
 
 
 def _sum_query_key_norm_gradients(model: GPTModel, groups: ParallelGroups) -> None:

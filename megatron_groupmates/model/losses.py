@@ -52,11 +52,11 @@ class TokenLosses:
     num_tokens: torch.Tensor
 
     def training_loss(self, z_loss: float) -> torch.Tensor:
-        """Mean cross-entropy plus ``z_loss`` times the mean squared log-partition: what the optimizer sees."""
+        """Mean cross-entropy plus ``z_loss`` times the mean squared log-partition: what the optimizer sees; 0 without a scored token."""
         total = self.cross_entropy
         if z_loss:
             total = total + z_loss * self.squared_log_partition
-        return total / self.num_tokens
+        return total / self.num_tokens.clamp(min=1.0)
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup) -> TokenLosses:

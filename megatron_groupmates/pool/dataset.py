@@ -1,56 +1,92 @@
-"""What the trainer's data loader reads: a dataset of pool rows and the sampler that orders them."""
+"""What the trainer's data loader reads: a dataset of contexts and the sampler that orders them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from megatron_groupmates.config.errors import UserError
+from megatron_groupmates.pool.contexts import Contexts
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.order import SampleOrder
-from megatron_groupmates.pool.reader import PoolReader
+from megatron_groupmates.pool.reader import DamagedSample, PoolReader
 
 
-class PoolDataset(torch.utils.data.Dataset):
-    """Pool row to training sequence.
+class ReadContexts(NamedTuple):
+    """Contexts with their tokens.
 
-    Args:
-        index: the pool.
-        sequence_length: of the model; a sample has one token more, the last target.
-
-    Raises:
-        UserError: a sample of the pool has another length.
+    Attributes:
+        contexts: what was asked for.
+        tokens: int64 ``[n, length]``; end-of-text tokens where a row could not be read.
+        damage: pool row to the reason, for each row that could not be read.
     """
 
-    def __init__(self, index: PoolIndex, sequence_length: int) -> None:
-        other = np.flatnonzero(index.lengths != sequence_length + 1)
-        if other.size:
-            raise UserError(
-                f"training sequences of {sequence_length} tokens need samples of {sequence_length + 1} "
-                f"tokens, but {other.size} of the {index.num_samples} samples of {index.directory} differ "
-                f"(the first has {index.lengths[other[0]]}); preprocess with --pack {sequence_length + 1}, "
-                "or set the sequence length to the pool's"
-            )
+    contexts: Contexts
+    tokens: torch.Tensor
+    damage: dict[int, str]
+
+
+def read_contexts(reader: PoolReader, contexts: Contexts) -> ReadContexts:
+    """Read contexts of one length; rows that cannot be read are reported, not raised, so that a worker process can."""
+    whole = len(contexts.rows) == len(contexts) and bool((contexts.num_tokens == reader.index.lengths[contexts.rows]).all())
+    try:
+        tokens = reader.read_batch(contexts.rows) if whole else _joined(reader, contexts, {})
+        return ReadContexts(contexts, torch.from_numpy(tokens), {})
+    except DamagedSample:
+        damage = _find_damage(reader, np.unique(contexts.rows))
+        return ReadContexts(contexts, torch.from_numpy(_joined(reader, contexts, damage)), damage)
+
+
+def _find_damage(reader: PoolReader, rows: np.ndarray) -> dict[int, str]:
+    damage = {}
+    for row in rows.tolist():
+        try:
+            reader.read(row)
+        except DamagedSample as error:
+            damage[row] = str(error)
+    return damage
+
+
+def _joined(reader: PoolReader, contexts: Contexts, damage: dict[int, str]) -> np.ndarray:
+    """The contexts' tokens int64 ``[n, length]``, with end-of-text tokens for the rows in ``damage``."""
+    rows = [row for row in np.unique(contexts.rows).tolist() if row not in damage]
+    found = dict(zip(rows, reader.read_many(rows), strict=True))
+    tokens = np.full((len(contexts), contexts.num_tokens.sum() // max(1, len(contexts))), reader.index.eot_id, dtype=np.int64)
+    flat, place = tokens.reshape(-1), 0
+    for row, first, count in zip(contexts.rows.tolist(), contexts.first_token.tolist(), contexts.num_tokens.tolist(), strict=True):
+        if row in found:
+            flat[place : place + count] = found[row][first : first + count]
+        place += count
+    return tokens
+
+
+class ContextDataset(torch.utils.data.Dataset):
+    """What :class:`OrderBatchSampler` asks for, read: its data loader needs :func:`as_they_are` for its ``collate_fn``."""
+
+    def __init__(self, index: PoolIndex) -> None:
         self._reader = PoolReader(index)
 
-    def __len__(self) -> int:
-        return self._reader.index.num_samples
+    def __getitems__(self, contexts: Contexts) -> ReadContexts:
+        """Read one micro-batch."""
+        return read_contexts(self._reader, contexts)
 
-    def __getitem__(self, row: int) -> torch.Tensor:
-        """Token ids of pool row ``row``, int64[sequence_length + 1]."""
-        return torch.from_numpy(self._reader.read(row))
+
+def as_they_are(batch: ReadContexts) -> ReadContexts:
+    """The dataset makes whole batches: nothing is left to collate."""
+    return batch
 
 
 class OrderBatchSampler:
-    """Endless micro-batches of pool rows for one data-parallel rank.
+    """Endless micro-batches for one data-parallel rank.
 
     As Megatron's pretraining sampler: a micro step takes ``micro_batch_size * data_parallel_size`` consecutive global
     samples, of which rank r takes the r-th slice of ``micro_batch_size``.
 
-    The rows of a global batch are looked up together, when its first micro-batch is asked for. A data loader asks ahead
-    of training, by the same amount on every rank; an entry added to the log must therefore be in force from
+    The contexts of a global batch are looked up together, when its first micro-batch is asked for. A data loader asks
+    ahead of training, by the same amount on every rank; an entry added to the log must therefore be in force from
     ``issued_samples`` on at the earliest, and the order must reach ``issued_samples + global_batch_size`` before the
     loader is asked for the next batch.
 
@@ -91,13 +127,14 @@ class OrderBatchSampler:
 
     @property
     def issued_samples(self) -> int:
-        """Global samples below this number have been looked up: their rows can no longer change."""
+        """Global samples below this number have been looked up: what they are made of can no longer change."""
         return self._issued_samples
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Contexts]:
         """Micro-batches of this rank, from ``issued_samples`` on."""
         while True:
-            rows, _ = self._order_provider().rows(self._issued_samples, self._global_batch_size)
+            contexts = self._order_provider().contexts(self._issued_samples, self._global_batch_size)
             self._issued_samples += self._global_batch_size
-            steps = rows.reshape(-1, self._data_parallel_size, self._micro_batch_size)
-            yield from steps[:, self._data_parallel_rank].tolist()
+            mine = self._data_parallel_rank * self._micro_batch_size
+            for first in range(mine, self._global_batch_size, self._micro_batch_size * self._data_parallel_size):
+                yield contexts.part(first, first + self._micro_batch_size)

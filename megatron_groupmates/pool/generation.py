@@ -36,6 +36,7 @@ _FACTS_FILE = "generation.json"
 _ROWS_FILE = "rows.bin"
 _FORMAT = "megatron_groupmates generation"
 _VERSION = 1
+_BLOCK = 1 << 16  # rows counted at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +182,8 @@ def read_pointer(selection_dir: Path | str) -> int | None:
     if not path.exists():
         return None
     content = path.read_text(errors="replace")
-    match = re.fullmatch(r"generation-(\d{6,})\n?", content)
-    if match is None:
+    match = re.fullmatch(r"generation-([0-9]{6,})\n?", content)
+    if match is None or generation_name(int(match.group(1))) != content.rstrip("\n"):
         raise UserError(f"{path} should name a generation, such as {generation_name(3)}, it says {content[:80]!r}")
     return int(match.group(1))
 
@@ -230,10 +231,15 @@ def _unpack(bits: bytes, pool_index: PoolIndex) -> np.ndarray:
 
 def _shard_counts(mask: np.ndarray, pool_index: PoolIndex) -> list[list[Any]]:
     """Per shard ``[name, rows, selected rows, selected tokens]``."""
-    starts = pool_index.first_row[:-1]
-    selected = np.add.reduceat(mask, starts, dtype=np.int64)
-    tokens = np.add.reduceat(np.where(mask, pool_index.lengths, 0), starts, dtype=np.int64)
-    return [
-        [name, int(rows), int(count), int(total)]
-        for name, rows, count, total in zip(pool_index.shard_names, pool_index.rows_per_shard, selected, tokens, strict=True)
-    ]
+    edges = pool_index.first_row
+    selected, tokens = np.empty((2, pool_index.num_shards), dtype=np.int64)
+    first = 0
+    while first < pool_index.num_shards:
+        # Some shards at a time: temporaries stay in the processor's cache.
+        stop = max(first + 1, int(np.searchsorted(edges, edges[first] + _BLOCK, side="right")) - 1)
+        rows, starts = slice(edges[first], edges[stop]), edges[first:stop] - edges[first]
+        selected[first:stop] = np.add.reduceat(mask[rows].astype(np.int64), starts)
+        tokens[first:stop] = np.add.reduceat(np.multiply(mask[rows], pool_index.lengths[rows], dtype=np.int64), starts)
+        first = stop
+    counts = zip(pool_index.shard_names, pool_index.rows_per_shard.tolist(), selected.tolist(), tokens.tolist(), strict=True)
+    return [list(count) for count in counts]

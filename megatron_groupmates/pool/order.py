@@ -20,6 +20,16 @@ row is *consumed* once a segment of the current window has served it.
   rows consumed under other generations stay excluded.
 - A new window forgets what was consumed. Within a window no row is served twice, but for the repeats of epoch entries.
 
+Documents as rows (:mod:`megatron_groupmates.pool.contexts`): a global sample is then a context cut from the stream of the
+segment's documents, which begins with a whole document in every segment. A segment serves the contexts that its documents fill.
+
+- A document is consumed once a segment has served any part of it, also one cut by the end of its segment: what is left of it
+  is not served in this window.
+- The last documents of a stream do not fill a context. They are left out, and count as consumed when the segment has
+  served all its contexts: no document goes round and round because of its place at the end.
+- "No row is eligible" above reads "the eligible rows do not fill a context". A generation whose rows do not fill one context
+  together is an error.
+
 An entry changes nothing before its ``effective_sample``, so a log that has grown gives the same samples for all it
 already covered, and a replay after a roll-back repeats them exactly.
 """
@@ -29,6 +39,7 @@ from __future__ import annotations
 import bisect
 import copy
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -36,12 +47,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from megatron_groupmates.config.errors import UserError
+from megatron_groupmates.pool.contexts import Contexts, DocumentStream, Packing, join_contexts
 from megatron_groupmates.pool.log import LogEntry, validate_entries
+from megatron_groupmates.pool.rowset import RowSet, count_rows, pack_rows
 
 _WORD = (1 << 64) - 1
 _NUM_ROUNDS = 8
+_FEW = 4  # positions permuted one by one
 _CHUNK = 1 << 15  # positions permuted at a time: temporaries stay in the processor's cache
-_NUM_CACHED_SEGMENTS = 2  # a batch may straddle two segments
+_BLOCK = 1 << 20  # positions whose rows are marked as served at a time
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
@@ -51,6 +65,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
+@functools.lru_cache(maxsize=64)
 def _round_keys(key: int) -> np.ndarray:
     """uint64[rounds], the first outputs of SplitMix64 started at ``key``."""
     states = [(key + (number + 1) * 0x9E3779B97F4A7C15) & _WORD for number in range(_NUM_ROUNDS)]
@@ -69,6 +84,21 @@ def _feistel(values: np.ndarray, num_columns: int, num_rows: int, keys: np.ndarr
         column = (column + _mix(row + keys[number]) % column_range) % column_range
         row = (row + _mix(column + keys[number + 1]) % row_range) % row_range
     return row * column_range + column
+
+
+def _feistel_of_one(value: int, num_columns: int, num_rows: int, keys: list[int]) -> int:
+    """:func:`_feistel` of one number, in whole numbers of Python: quicker than arrays of so few."""
+    row, column = divmod(value, num_columns)
+    for number, key in enumerate(keys):
+        mixed = ((column if number % 2 else row) + key) & _WORD
+        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & _WORD
+        mixed ^= mixed >> 31
+        if number % 2:
+            row = (row + mixed) % num_rows
+        else:
+            column = (column + mixed) % num_columns
+    return row * num_columns + column
 
 
 def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
@@ -96,6 +126,14 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
     num_rows = -(-size // num_columns)
     keys = _round_keys(key)
     result = np.empty(positions.shape, dtype=np.int64)
+    if positions.size <= _FEW:
+        few_keys = keys.tolist()
+        for number, value in enumerate(positions.tolist()):
+            value = _feistel_of_one(value, num_columns, num_rows, few_keys)
+            while value >= size:
+                value = _feistel_of_one(value, num_columns, num_rows, few_keys)
+            result[number] = value
+        return result
     for first in range(0, positions.size, _CHUNK):
         values = _feistel(positions[first : first + _CHUNK].astype(np.uint64), num_columns, num_rows, keys)
         # Cycle walking: the rectangle is a little larger than the range; what lands outside goes round again.
@@ -115,44 +153,122 @@ def derive_key(*facts: int | str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Segment:
-    """What an entry serves. Row sets are packed bits (``np.packbits``), an eighth of a byte per pool row.
+    """What an entry serves. Arrays are packed bits (:func:`pack_rows`), an eighth of a byte per pool row.
 
-    ``served`` is None for the last segment, which is still open.
+    ``stream`` is None where each row is one sample. ``served`` is None for the last segment, which is still open.
     """
 
     entry: LogEntry
     key: int
-    size: int
-    eligible: np.ndarray
+    eligible: RowSet
+    stream: DocumentStream | None
     consumed_before: np.ndarray
     window: int
     served: np.ndarray | None = None
+
+    @property
+    def size(self) -> int:
+        """Samples that the segment can serve."""
+        return self.eligible.size if self.stream is None else self.stream.num_contexts
+
+    def num_rows_begun(self, num_samples: int) -> int:
+        """How many rows, from the first of the segment's order on, the first ``num_samples`` samples hold a part of."""
+        return num_samples if self.stream is None else self.stream.num_begun(num_samples)
+
+    def rows_at(self, first: int, stop: int) -> np.ndarray:
+        """Pool rows int64[stop - first] at these positions of the segment's order."""
+        return self.eligible.select(_ranks_at(self.eligible.size, self.key, first, stop))
+
+
+@dataclasses.dataclass(frozen=True)
+class OrderPreparation:
+    """What :meth:`SampleOrder.preparation` says is worth doing beforehand; small enough to send to another process.
+
+    Attributes:
+        segment: number of the order's last segment.
+        num_rows: how many rows, from the first of its order on, to look up.
+        eligible: rows of the segment.
+        key: of its order.
+        excluded: packed rows that no generation may serve.
+        context_length: tokens of a sample packed from documents; None where each row is one sample.
+    """
+
+    segment: int
+    num_rows: int
+    eligible: RowSet
+    key: int
+    excluded: np.ndarray
+    context_length: int | None
+
+    def served(self) -> np.ndarray:
+        """The rows, packed: for :meth:`SampleOrder.keep`."""
+        return _rows_between(self.eligible, self.key, 0, self.num_rows)
+
+    def allows(self, rows: np.ndarray, lengths: np.ndarray) -> bool:
+        """Whether the packed ``rows`` that are not excluded are enough for a sample; ``lengths`` are those of all pool rows."""
+        allowed = np.unpackbits(rows & ~self.excluded, count=len(lengths)).view(bool)
+        return Packing(lengths, self.context_length).num_samples(allowed) > 0
+
+
+def _rows_between(eligible: RowSet, key: int, start: int, stop: int) -> np.ndarray:
+    """Packed bits of the rows at positions ``start`` to ``stop - 1`` of a segment's order, by a pass over all rows."""
+    flags = np.zeros(eligible.size, dtype=bool)
+    for first in range(start, stop, _BLOCK):
+        flags[permute(np.arange(first, min(first + _BLOCK, stop)), eligible.size, key)] = True
+    return eligible.subset(flags)
+
+
+def _packed(mask: np.ndarray) -> np.ndarray:
+    return mask if mask.dtype == np.uint8 else pack_rows(mask)
+
+
+def _ranks_at(size: int, key: int, first: int, stop: int) -> np.ndarray:
+    return permute(np.arange(first, stop), size, key)
 
 
 class SampleOrder:
     """Global sample numbers to pool rows (semantics in the module's docstring).
 
     Immutable as far as callers see: :meth:`extended` gives a new order and leaves this one valid, so that a new
-    generation can be prepared beside the one in use. Memory is three bits per pool row and entry, plus the eligible
-    rows (4 or 8 bytes each) of the last two segments asked for.
+    generation can be prepared beside the one in use. Threads may share it. Memory is three and a half bits per pool row
+    and entry.
+
+    Nothing is worked out on first use: :meth:`rows` costs the same from the first call on, and :meth:`extended` takes
+    milliseconds for tens of millions of rows, but for one thing, the rows that the last segment has served so far
+    (about a tenth of a microsecond each). :meth:`prepare_to_extend` does that part beforehand, in another thread.
 
     Args:
         num_pool_samples: rows in the pool.
         seed: seed of the run's data order.
         entries: the generation log, oldest first; at least one.
-        masks: for each generation in ``entries``, bool[num_pool_samples], True where the row is selected.
+        masks: for each generation in ``entries``, bool[num_pool_samples], True where the row is selected, or the same bits
+            packed (:func:`~megatron_groupmates.pool.rowset.pack_rows`).
+        packing: how rows become samples; None where each row is one sample and only :meth:`rows` will be asked for.
+        excluded: bool[num_pool_samples], True where no generation may serve the row, whatever its mask says; None for no
+            such row. Excluded rows count as consumed in every window.
 
     Raises:
-        UserError: the entries contradict each other, or leave samples that nothing serves.
+        UserError: the entries contradict each other, leave samples that nothing serves, or name a generation too small
+            for one sample.
     """
 
-    def __init__(self, num_pool_samples: int, seed: int, entries: Sequence[LogEntry], masks: Mapping[int, np.ndarray]) -> None:
+    def __init__(
+        self,
+        num_pool_samples: int,
+        seed: int,
+        entries: Sequence[LogEntry],
+        masks: Mapping[int, np.ndarray],
+        packing: Packing | None = None,
+        excluded: np.ndarray | None = None,
+    ) -> None:
         if not entries:
             raise UserError("the generation log has no entry, so no generation says which samples to train on")
         self.num_pool_samples = num_pool_samples
         self.seed = seed
+        self._packing = packing
+        self._excluded = pack_rows(np.zeros(num_pool_samples, dtype=bool) if excluded is None else excluded)
         self._segments: list[_Segment] = []
-        self._row_cache: dict[int, np.ndarray] = {}
+        self._prepared = (-1, 0, np.empty(0, dtype=np.uint8))  # segment number, rows of its order, the same packed
         validate_entries(entries)
         for entry in entries:
             self._append(entry, masks[entry.generation])
@@ -163,7 +279,7 @@ class SampleOrder:
         return tuple(segment.entry for segment in self._segments)
 
     def extended(self, entry: LogEntry, mask: np.ndarray) -> SampleOrder:
-        """The order after ``entry`` is committed too; ``mask`` is its generation's, bool[num_pool_samples].
+        """The order after ``entry`` is committed too; ``mask`` is its generation's, bool[num_pool_samples] or packed.
 
         Raises:
             UserError: ``entry`` does not follow the entries there are.
@@ -171,9 +287,29 @@ class SampleOrder:
         validate_entries((*self.entries, entry))
         order = copy.copy(self)
         order._segments = list(self._segments)
-        order._row_cache = dict(self._row_cache)
         order._append(entry, mask)
         return order
+
+    def prepare_to_extend(self, sample: int) -> None:
+        """Work out which rows are served below ``sample``, so that :meth:`extended` at it or soon after is quick.
+
+        Changes no result; another thread may call it while this order is in use. A ``sample`` outside the last
+        segment's is taken to its nearest end.
+        """
+        preparation = self.preparation(sample)
+        self.keep(preparation, preparation.served())
+
+    def preparation(self, sample: int) -> OrderPreparation:
+        """The work of :meth:`prepare_to_extend`, for another process to do."""
+        number, last = len(self._segments) - 1, self._segments[-1]
+        count = min(max(sample - last.entry.effective_sample, 0), last.size)
+        context_length = None if self._packing is None else self._packing.context_length
+        return OrderPreparation(number, last.num_rows_begun(count), last.eligible, last.key, self._excluded, context_length)
+
+    def keep(self, preparation: OrderPreparation, served: np.ndarray) -> None:
+        """Take what a :meth:`preparation` of this order gave; changes no result."""
+        # One assignment: other threads see all of it or nothing.
+        self._prepared = (preparation.segment, preparation.num_rows, served)
 
     def exhausted_at(self) -> int:
         """The first global sample number that no entry serves: where the last entry's rows run out."""
@@ -181,7 +317,7 @@ class SampleOrder:
         return last.entry.effective_sample + last.size
 
     def rows(self, first_sample: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pool rows of the global samples ``first_sample`` to ``first_sample + count - 1``.
+        """Pool rows of the global samples ``first_sample`` to ``first_sample + count - 1``, where each row is one sample.
 
         Returns:
             (rows int64[count], generations int64[count]): the pool row of each and the generation that serves it.
@@ -189,6 +325,45 @@ class SampleOrder:
         Raises:
             IndexError: the range begins below 0 or goes past :meth:`exhausted_at`, where an epoch entry is missing.
         """
+        spans = self._spans(first_sample, count)
+        rows = np.empty(count, dtype=np.int64)
+        generations = np.empty(count, dtype=np.int64)
+        for segment, first, stop in spans:
+            start = segment.entry.effective_sample
+            here = slice(start + first - first_sample, start + stop - first_sample)
+            rows[here] = segment.rows_at(first, stop)
+            generations[here] = segment.entry.generation
+        return rows, generations
+
+    def contexts(self, first_sample: int, count: int) -> Contexts:
+        """Where the tokens of the global samples ``first_sample`` to ``first_sample + count - 1`` come from.
+
+        Raises:
+            IndexError: as :meth:`rows`.
+        """
+        assert self._packing is not None, "an order without the lengths of the rows"
+        parts = []
+        for segment, first, stop in self._spans(first_sample, count):
+            if segment.stream is None:
+                rows = segment.rows_at(first, stop)
+                pieces = np.arange(stop - first + 1), rows, np.zeros_like(rows), self._packing.lengths[rows].astype(np.int64)
+            else:
+                pieces = segment.stream.pieces(first, stop - first)
+            samples = np.arange(first, stop) + segment.entry.effective_sample
+            parts.append(Contexts(samples, np.full(stop - first, segment.entry.generation), *pieces))
+        return join_contexts(parts)
+
+    def generation(self, sample: int) -> int:
+        """The generation that serves global sample ``sample``.
+
+        Raises:
+            IndexError: as :meth:`rows`.
+        """
+        ((segment, _, _),) = self._spans(sample, 1)
+        return segment.entry.generation
+
+    def _spans(self, first_sample: int, count: int) -> list[tuple[_Segment, int, int]]:
+        """Segments that serve these global samples, each with the first of its own samples and one past the last."""
         stop = first_sample + count
         if first_sample < 0 or count < 0:
             raise IndexError(f"no global samples from {first_sample}, count {count}")
@@ -198,24 +373,20 @@ class SampleOrder:
                 f"{self._segments[-1].entry.generation} runs out at {self.exhausted_at()}: "
                 "an epoch entry must be committed first"
             )
-        rows = np.empty(count, dtype=np.int64)
-        generations = np.empty(count, dtype=np.int64)
-        sample = first_sample
+        spans, sample = [], first_sample
         while sample < stop:
             number = self._segment_at(sample)
             segment = self._segments[number]
-            following = self._segments[number + 1].entry.effective_sample if segment.served is not None else stop
-            end = min(stop, following)
+            end = stop if segment.served is None else min(stop, self._segments[number + 1].entry.effective_sample)
             start = segment.entry.effective_sample
-            here = slice(sample - first_sample, end - first_sample)
-            positions = np.arange(sample - start, end - start)
-            rows[here] = self._eligible_rows(number)[permute(positions, segment.size, segment.key)]
-            generations[here] = segment.entry.generation
+            spans.append((segment, sample - start, end - start))
             sample = end
-        return rows, generations
+        return spans
 
     def consumed(self, sample: int) -> np.ndarray:
         """bool[num_pool_samples]: rows consumed, in the window that ``sample`` lies in, by global samples below it.
+
+        Excluded rows are always among them.
 
         Raises:
             IndexError: ``sample`` is below 0 or above :meth:`exhausted_at`.
@@ -233,58 +404,64 @@ class SampleOrder:
     def _unpack(self, bits: np.ndarray) -> np.ndarray:
         return np.unpackbits(bits, count=self.num_pool_samples).view(bool)
 
-    def _eligible_rows(self, number: int) -> np.ndarray:
-        """Sorted pool rows eligible in segment ``number``."""
-        rows = self._row_cache.pop(number, None)
-        if rows is None:
-            narrow = np.uint32 if self.num_pool_samples < 1 << 32 else np.int64
-            rows = np.flatnonzero(self._unpack(self._segments[number].eligible)).astype(narrow)
-        self._row_cache[number] = rows
-        while len(self._row_cache) > _NUM_CACHED_SEGMENTS:
-            del self._row_cache[next(iter(self._row_cache))]
-        return rows
-
     def _served(self, number: int, count: int) -> np.ndarray:
         """Packed bits of the rows that the first ``count`` samples of segment ``number`` serve."""
         segment = self._segments[number]
         if count == segment.size:
-            return segment.eligible
-        served = np.zeros(self.num_pool_samples, dtype=bool)
-        if count:
-            served[self._eligible_rows(number)[permute(np.arange(count), segment.size, segment.key)]] = True
-        return np.packbits(served)
+            return segment.eligible.bits
+        stop, size = segment.num_rows_begun(count), segment.eligible.size
+        prepared_number, start, served = self._prepared
+        if prepared_number != number or start > stop:
+            start, served = 0, np.zeros_like(segment.eligible.bits)
+        if (stop - start) * 64 < size:
+            rows = segment.rows_at(start, stop)
+            served = served.copy()
+            np.bitwise_or.at(served, rows >> 3, (128 >> (rows & 7)).astype(np.uint8))
+            return served
+        # So many that a pass over all rows costs less than looking up each.
+        return served | _rows_between(segment.eligible, segment.key, start, stop)
 
     def _append(self, entry: LogEntry, mask: np.ndarray) -> None:
         """Close the last segment at the entry's effective sample and open the entry's own."""
-        if mask.dtype != bool or mask.shape != (self.num_pool_samples,) or not mask.any():
+        selected = _packed(mask)
+        expected_shape = (self.num_pool_samples,) if mask.dtype == bool else self._excluded.shape
+        if mask.shape != expected_shape or not selected.any():
             raise UserError(
                 f"generation {entry.generation} must select at least one of the pool's "
                 f"{self.num_pool_samples} samples; its mask is {mask.dtype}{list(mask.shape)} with "
-                f"{int(mask.sum())} selected"
+                f"{int(np.bitwise_count(selected).sum())} selected"
             )
-        selected = np.packbits(mask)
-        consumed = np.zeros_like(selected)
+        selected = selected & ~self._excluded
+        if not selected.any():
+            raise UserError(f"generation {entry.generation} selects only samples that data.exclude forbids; select others")
+        consumed = self._excluded
         window, eligible = 0, selected
         if self._segments:
             consumed, window = self._close_last(entry)
             if entry.epoch == self._segments[-1].entry.epoch:
                 eligible = selected & ~consumed
-            elif self._unpack(consumed).all():
+            elif count_rows(consumed) == self.num_pool_samples:
                 eligible = np.zeros_like(selected)
             else:
                 eligible = self._served_by(entry.generation, window)
-        if not eligible.any():
-            window, eligible, consumed = window + 1, selected, np.zeros_like(selected)
-        self._segments.append(
-            _Segment(
-                entry=entry,
-                key=derive_key("sample order", self.seed, entry.generation, entry.epoch),
-                size=int(self._unpack(eligible).sum()),
-                eligible=eligible,
-                consumed_before=consumed,
-                window=window,
+        segment = self._segment(entry, eligible, consumed, window)
+        if segment.size == 0:
+            segment = self._segment(entry, selected, self._excluded, window + 1)
+        if segment.size == 0:
+            assert self._packing is not None
+            num_tokens = self._packing.num_tokens(segment.eligible.mask(self.num_pool_samples))
+            raise UserError(
+                f"generation {entry.generation} selects documents of {num_tokens} tokens in all, fewer than one "
+                f"context of {self._packing.context_length}; select more, or train on shorter sequences"
             )
-        )
+        self._segments.append(segment)
+
+    def _segment(self, entry: LogEntry, eligible: np.ndarray, consumed: np.ndarray, window: int) -> _Segment:
+        rows, packing, stream = RowSet(eligible), self._packing, None
+        key = derive_key("sample order", self.seed, entry.generation, entry.epoch)
+        if packing is not None and packing.context_length is not None:
+            stream = DocumentStream(rows, functools.partial(_ranks_at, rows.size, key), packing)
+        return _Segment(entry=entry, key=key, eligible=rows, stream=stream, consumed_before=consumed, window=window)
 
     def _close_last(self, entry: LogEntry) -> tuple[np.ndarray, int]:
         """End the last segment where ``entry`` begins; (packed consumed rows, window)."""

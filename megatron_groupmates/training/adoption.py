@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -12,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from megatron_groupmates.config import Config, RunPaths, UserError, refresh_steps
 from megatron_groupmates.parallel import ParallelGroups
+from megatron_groupmates.pool.exclusion import Exclusion
 from megatron_groupmates.pool.generation import POINTER_FILE, Generation, load_generation, publish, read_pointer, write_generation
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.log import LogEntry, append_entry, read_log
 from megatron_groupmates.training.live_order import LiveOrder
+from megatron_groupmates.training.preparation import Preparation, prepare_generation
 from megatron_groupmates.utils.files import atomic_directory, write_text
 from megatron_groupmates.utils.run_directory import generation_log_source
 
@@ -29,25 +33,28 @@ _WAIT_SLICE_SECONDS = 10.0  # below any collective's timeout, so that waiting ra
 
 
 def open_generation_log(
-    config: Config, pool: PoolIndex, groups: ParallelGroups, consumed_train_samples: int
+    config: Config, pool: PoolIndex, exclusion: Exclusion, groups: ParallelGroups, consumed_train_samples: int
 ) -> tuple[tuple[LogEntry, ...], dict[int, np.ndarray]]:
     """The run's log and the masks of its generations.
 
-    A fresh run starts with generation 0, the whole pool; a run that branches from another inherits the part of its
-    log that the consumed samples depend on. Collective: every rank must call; rank 0 writes.
+    A fresh run starts with generation 0, the whole pool but for the excluded samples; a run that branches from another
+    inherits the part of its log that the consumed samples depend on. Collective: every rank must call; rank 0 writes.
 
     Raises:
-        UserError: a generation of the log is missing, damaged or of another pool.
+        UserError: a generation of the log is missing, damaged or of another pool, or generation 0 was made with another
+            exclusion.
     """
     paths = RunPaths(Path(config.run.output_dir))
     if groups.is_main and not read_log(paths.generation_log):
-        _start_log(config, paths, pool, consumed_train_samples)
+        _start_log(config, paths, pool, exclusion, consumed_train_samples)
     groups.barrier()
     entries = read_log(paths.generation_log)
-    return entries, {number: _load_logged(paths, number, entries, pool).mask for number in {entry.generation for entry in entries}}
+    generations = {number: _load_logged(paths, number, entries, pool) for number in {entry.generation for entry in entries}}
+    _check_exclusion(paths, generations[0], exclusion)
+    return entries, {number: generation.mask for number, generation in generations.items()}
 
 
-def _start_log(config: Config, paths: RunPaths, pool: PoolIndex, consumed_train_samples: int) -> None:
+def _start_log(config: Config, paths: RunPaths, pool: PoolIndex, exclusion: Exclusion, consumed_train_samples: int) -> None:
     parent = generation_log_source(config)
     inherited = tuple(entry for entry in read_log(parent.generation_log) if entry.effective_sample < consumed_train_samples)
     for number in sorted({entry.generation for entry in inherited}):
@@ -57,11 +64,22 @@ def _start_log(config: Config, paths: RunPaths, pool: PoolIndex, consumed_train_
                 shutil.copytree(parent.selection / name, partial, dirs_exist_ok=True)
     if not inherited:
         if not (paths.selection / "generation-000000").exists():
-            write_generation(paths.selection, 0, pool, None, {"method": "all", "seed": config.run.seed})
+            rows = None if exclusion.mask is None else np.flatnonzero(~exclusion.mask)
+            write_generation(paths.selection, 0, pool, rows, {"method": "all", "seed": config.run.seed, **exclusion.provenance})
         inherited = (LogEntry(generation=0, effective_sample=0, epoch=0, digest=load_generation(paths.selection, 0, pool).digest),)
     write_text(paths.generation_log, "".join(json.dumps(dataclasses.asdict(entry)) + "\n" for entry in inherited))
     if not (paths.selection / POINTER_FILE).exists():
         publish(paths.selection, inherited[-1].generation)
+
+
+def _check_exclusion(paths: RunPaths, whole: Generation, exclusion: Exclusion) -> None:
+    """Refuse to go on with another exclusion than generation 0 was made with."""
+    made_with = whole.provenance.get("exclusion", {}).get("digest", "")
+    if made_with != exclusion.digest:
+        raise UserError(
+            f"data.exclude: its digest is {exclusion.digest[:16] or 'that of no file'}, but {paths.selection} began with "
+            f"{made_with[:16] or 'no exclusion'}; give the same file, or start a new run"
+        )
 
 
 def _load_logged(paths: RunPaths, number: int, entries: tuple[LogEntry, ...], pool: PoolIndex) -> Generation:
@@ -78,12 +96,17 @@ def _load_logged(paths: RunPaths, number: int, entries: tuple[LogEntry, ...], po
 class GenerationAdopter:
     """Looks for new generations at step boundaries and switches every rank at the same global sample.
 
+    A generation that turns up is prepared in the background on every rank (:mod:`~megatron_groupmates.training.preparation`)
+    and adopted at the first look that finds all ranks ready; a newer one published meanwhile comes after it. Only the
+    first boundary of a start and one where training must not run on wait for the preparation.
+
     Args:
         config: the run.
         pool: the run's pool.
         order: the order to extend.
         groups: this rank's groups.
-        on_event: called on every rank with a metrics row for each adoption or fruitless wait.
+        on_event: called on every rank with a metrics row for each adoption or fruitless wait. An adoption's ``seconds``
+            is how long training stood still for it, ``prepare_seconds`` what this rank did in the background.
     """
 
     def __init__(
@@ -102,19 +125,38 @@ class GenerationAdopter:
         self._on_event = on_event
         self._refused: set[int] = set()
         self._given_up: set[int] = set()
+        self._preparation: Preparation | None = None
+        self._starting = True
 
     def at_step_boundary(self, step: int, issued_samples: int) -> None:
-        """Adopt the newest generation if there is one, after waiting for it where the mode says so.
+        """Adopt the newest generation if there is one and it is prepared, after waiting for it where the mode says so.
 
         Collective: every rank must call before each step with its own ``issued_samples``, how far its loader has
-        read ahead; the generation takes effect behind the farthest.
+        read ahead; the generation takes effect behind the farthest. The first call must come before the loader starts
+        its processes.
         """
-        due = self._due(step)
+        starting, self._starting = self._starting, False
+        due, deadline = self._due(step), time.monotonic() + self._config.selection.wait_timeout_seconds
         if due is None and step % self._config.selection.poll_interval_steps:
             return
-        number = self._await_generation(step, due)
-        if number is not None:
-            self._adopt(number, step, issued_samples)
+        while True:
+            if self._preparation is None:
+                number = self._await_generation(step, due, deadline)
+                if number is None:
+                    return
+                self._start_preparation(number, issued_samples)
+                if due is None and not starting:
+                    return  # looked at again at a later boundary, however quick it is: when to adopt must not be a race
+            stalled = time.monotonic()
+            # At the start no step is held up, and a loader's processes must not be forked beside the thread.
+            if not self._all_prepared(math.inf if starting else deadline if due is not None else stalled):
+                if due is not None:
+                    self._give_up(step, due, f"was not prepared within {self._config.selection.wait_timeout_seconds:g} s", stalled)
+                return
+            self._adopt(step, issued_samples, stalled)
+            due = self._due(step)
+            if due is None:
+                return
 
     def awaits_inline_round(self, step: int) -> bool:
         """Inline mode: whether the trainer must end now, at a refresh whose round has not run. The same on every rank."""
@@ -151,14 +193,13 @@ class GenerationAdopter:
     def _failed(self, number: int) -> bool:
         return self._paths.round_failure(number).exists()
 
-    def _await_generation(self, step: int, due: int | None) -> int | None:
+    def _await_generation(self, step: int, due: int | None, deadline: float) -> int | None:
         """Rank 0's look at the pointer, on every rank; with ``due``, repeated until it is published, has failed or time is up."""
-        selection = self._config.selection
         started, told = time.monotonic(), False
         while True:
             number, state = None, "go on"
             if self._groups.is_main:
-                number, state = self._poll(due, started, selection.mode)
+                number, state = self._poll(due, deadline)
             number, state = self._groups.broadcast_object((number, state))
             if state != "wait":
                 break
@@ -166,26 +207,16 @@ class GenerationAdopter:
                 logger.info("step %d: waiting for generation %d of the selection server", step, due)
                 told = True
         if due is not None and (number is None or number < due):
-            self._given_up.add(due)
-            logger.warning(
-                "step %d: generation %d %s; training goes on with generation %d",
-                step,
-                due,
-                state,
-                self._order.generation,
-            )
-            self._on_event(
-                {
-                    "step": step,
-                    "event": "wait_ended",
-                    "generation": due,
-                    "reason": state,
-                    "seconds": round(time.monotonic() - started, 3),
-                }
-            )
+            self._give_up(step, due, state, started)
         return number
 
-    def _poll(self, due: int | None, started: float, mode: str) -> tuple[int | None, str]:
+    def _give_up(self, step: int, due: int, reason: str, started: float) -> None:
+        self._given_up.add(due)
+        logger.warning("step %d: generation %d %s; training goes on with generation %d", step, due, reason, self._order.generation)
+        seconds = round(time.monotonic() - started, 3)
+        self._on_event({"step": step, "event": "wait_ended", "generation": due, "reason": reason, "seconds": seconds})
+
+    def _poll(self, due: int | None, deadline: float) -> tuple[int | None, str]:
         """Rank 0: look until something is decided or a slice of waiting is over."""
         slice_end = time.monotonic() + _WAIT_SLICE_SECONDS
         while True:
@@ -194,30 +225,44 @@ class GenerationAdopter:
                 return number, "go on"
             if self._failed(due):
                 return number, "failed on the server"
-            if mode == "inline":
+            if self._config.selection.mode == "inline":
                 return number, "was not made"
-            if time.monotonic() - started > self._config.selection.wait_timeout_seconds:
+            if time.monotonic() > deadline:
                 return number, f"did not come within {self._config.selection.wait_timeout_seconds:g} s"
             if time.monotonic() > slice_end:
                 return number, "wait"
             time.sleep(0.2)
 
-    def _adopt(self, number: int, step: int, issued_samples: int) -> None:
-        """Load and check on every rank, commit on rank 0, then use."""
-        started = time.monotonic()
-        generation, problem = None, None
-        try:
-            generation = load_generation(self._paths.selection, number, self._pool)
-            if generation.num_samples == 0:
-                problem = f"generation {number} selects nothing"
-        except (UserError, OSError) as error:
-            problem = str(error)
+    def _start_preparation(self, number: int, issued_samples: int) -> None:
+        selection, pool, order = self._paths.selection, self._pool, self._order.current
+        self._preparation = Preparation(number, lambda: prepare_generation(selection, number, pool, order, issued_samples))
+
+    def _all_prepared(self, deadline: float) -> bool:
+        """Whether every rank's thread is done, after waiting for it until ``deadline`` on rank 0's clock; the same on every rank.
+
+        Collective: every rank must call.
+        """
+        assert self._preparation is not None
+        while True:
+            # In slices: no rank may sit in the collective for as long as a slow disk of another takes.
+            done = self._preparation.wait(min(max(deadline - time.monotonic(), 0.0), _WAIT_SLICE_SECONDS))
+            over = self._groups.is_main and time.monotonic() >= deadline
+            votes = torch.tensor([done, not over], dtype=torch.int32, device=self._groups.device)
+            dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+            all_done, wait_on = votes.tolist()
+            if all_done or not wait_on:
+                return bool(all_done)
+
+    def _adopt(self, step: int, issued_samples: int, stalled: float) -> None:
+        """Agree on the prepared generation and where it begins, commit on rank 0, then use."""
+        preparation, self._preparation = self._preparation, None
+        assert preparation is not None
+        number, generation = preparation.number, preparation.generation
         reports: list[Any] = [None] * self._groups.world_size
-        dist.all_gather_object(reports, (problem, issued_samples, generation.digest if generation else None))
-        problems = [text for text, _, _ in reports if text is not None]
-        if problems or generation is None:
-            self._refused.add(number)
-            logger.warning("generation %d is refused, training goes on with %d: %s", number, self._order.generation, problems[0])
+        dist.all_gather_object(reports, (preparation.problem, issued_samples, generation.digest if generation else None))
+        problem = _first_problem(reports)
+        if problem is not None or generation is None:
+            self._refuse(number, str(problem))
             return
         batch = self._config.training.global_batch_size
         frontier = max([issued for _, issued, _ in reports] + [self._order.current.entries[-1].effective_sample])
@@ -230,11 +275,15 @@ class GenerationAdopter:
             epoch=last.epoch,
             digest=generation.digest,
         )
-        extended = self._order.current.extended(entry, generation.mask)
+        try:
+            extended = self._order.current.extended(entry, generation.rows)
+        except UserError as error:  # the same on every rank: it depends on nothing but entry and mask
+            self._refuse(number, str(error))
+            return
         if self._groups.is_main:
             append_entry(self._paths.generation_log, entry)
         self._groups.barrier()
-        self._order.adopt(extended, generation.mask)
+        self._order.adopt(extended, generation.rows)
         logger.info(
             "step %d: generation %d (%d samples) takes effect at sample %d",
             step,
@@ -248,6 +297,22 @@ class GenerationAdopter:
                 "event": "adoption",
                 "generation": number,
                 "effective_sample": entry.effective_sample,
-                "seconds": round(time.monotonic() - started, 3),
+                "prepare_seconds": round(preparation.seconds, 3),
+                "seconds": round(time.monotonic() - stalled, 3),
             }
         )
+
+    def _refuse(self, number: int, problem: str) -> None:
+        self._refused.add(number)
+        self._given_up.update(range(self._order.generation + 1, number + 1))  # nothing to wait for: it is there, and bad
+        logger.warning("generation %d is refused, training goes on with %d: %s", number, self._order.generation, problem)
+
+
+def _first_problem(reports: list[Any]) -> str | None:
+    """Why ranks cannot adopt together, from their (problem, issued samples, digest); None where they can."""
+    for rank, (problem, _, _) in enumerate(reports):
+        if problem is not None:
+            return problem if rank == 0 else f"rank {rank}: {problem}"
+    digests = [digest for _, _, digest in reports]
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    return None if other is None else f"rank 0 reads it with digest {digests[0]}, rank {other} with digest {digests[other]}"

@@ -44,12 +44,18 @@ def build_engine(config: Config, model: torch.nn.Module, groups: ParallelGroups)
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What besides weights and optimizer state a checkpoint must carry for an exact resume (C2)."""
+    """What besides weights and optimizer state a checkpoint must carry for an exact resume (C2).
+
+    ``packing`` says what a sample is: ``none``, or ``documents/<tokens>``; ``skips_digest`` what was left out of the consumed
+    samples, empty for nothing. Older checkpoints lack both.
+    """
 
     step: int
     consumed_train_samples: int
     log_digest: str
     pool_fingerprint: str
+    packing: str = "none"
+    skips_digest: str = ""
 
 
 def save(engine: deepspeed.DeepSpeedEngine, config: Config, directory: Path, progress: Progress) -> None:
@@ -84,4 +90,4 @@ def load(engine: deepspeed.DeepSpeedEngine, directory: Path, tag: str | None) ->
         raise UserError(
             f"{directory} does not hold a checkpoint of this trainer; point checkpoint.load at a directory with a file 'latest'"
         )
-    return Progress(**{field.name: client_state[field.name] for field in dataclasses.fields(Progress)})
+    return Progress(**{field.name: client_state[field.name] for field in dataclasses.fields(Progress) if field.name in client_state})

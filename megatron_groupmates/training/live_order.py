@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from megatron_groupmates.pool.contexts import Packing
 from megatron_groupmates.pool.log import LogEntry, log_digest
 from megatron_groupmates.pool.order import SampleOrder, next_epoch_entry
+from megatron_groupmates.pool.rowset import pack_rows
 
 
 class LiveOrder:
@@ -18,9 +20,11 @@ class LiveOrder:
         num_pool_samples: rows in the pool.
         seed: seed of the data order.
         entries: the generation log so far.
-        masks: bool[num_pool_samples] for each generation in ``entries``.
+        masks: bool[num_pool_samples] for each generation in ``entries``, or the same packed.
         commit: called with each new epoch entry before any rank uses it (rank 0 appends it to the log); must be
             safe to call on every rank at the same point.
+        excluded: bool[num_pool_samples], rows that no generation may serve; None for no such row.
+        packing: how rows become samples; None where each row is one.
     """
 
     def __init__(
@@ -30,9 +34,12 @@ class LiveOrder:
         entries: Sequence[LogEntry],
         masks: Mapping[int, np.ndarray],
         commit: Callable[[LogEntry], None],
+        excluded: np.ndarray | None = None,
+        packing: Packing | None = None,
     ) -> None:
-        self.current = SampleOrder(num_pool_samples, seed, entries, masks)
-        self._mask = masks[entries[-1].generation]
+        self.current = SampleOrder(num_pool_samples, seed, entries, masks, packing, excluded)
+        mask = masks[entries[-1].generation]
+        self._mask = mask if mask.dtype == np.uint8 else pack_rows(mask)
         self._commit = commit
 
     @property
@@ -61,10 +68,11 @@ class LiveOrder:
         self._mask = mask
 
 
-def consumed_log_digest(entries: Sequence[LogEntry], consumed_train_samples: int) -> str:
+def consumed_log_digest(entries: Sequence[LogEntry], consumed_train_samples: int, exclusion_digest: str) -> str:
     """Digest of the part of the log that the first ``consumed_train_samples`` samples depend on.
 
-    Generation 0 is the whole pool whatever its directory says, so that a run may switch selection on later.
+    Generation 0 is the whole pool but for the excluded samples whatever its directory says, so that a run may switch
+    selection on later; ``exclusion_digest`` (empty where nothing is excluded) stands in for its own.
     """
     relevant = [entry for entry in entries if entry.effective_sample < max(1, consumed_train_samples)]
-    return log_digest([dataclasses.replace(entry, digest="") if entry.generation == 0 else entry for entry in relevant])
+    return log_digest([dataclasses.replace(entry, digest=exclusion_digest) if entry.generation == 0 else entry for entry in relevant])

@@ -12,19 +12,24 @@ import torch
 import torch.distributed as dist
 
 from megatron_groupmates.config import Config, RunPaths, UserError, check_world_size, config_to_dict, learning_rate, refresh_number
+from megatron_groupmates.model.batch import DocumentRules, training_batch
 from megatron_groupmates.model.gpt import build_gpt, token_logits
-from megatron_groupmates.model.losses import next_token_batch, token_losses
+from megatron_groupmates.model.losses import token_losses
 from megatron_groupmates.model.sizes import model_size
 from megatron_groupmates.parallel import ParallelGroups, resolve_precision
+from megatron_groupmates.pool.contexts import choose_packing
+from megatron_groupmates.pool.exclusion import open_exclusion
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.log import LogEntry, append_entry
 from megatron_groupmates.training import engine as checkpoints
-from megatron_groupmates.training.data import HeldOutData, TrainingData, check_same_tokenizer, open_pool
+from megatron_groupmates.training.data import TrainingData, check_same_tokenizer, open_pool
 from megatron_groupmates.training.engine import Progress
 from megatron_groupmates.training.evaluation import evaluation_loss
+from megatron_groupmates.training.heldout import HeldOutData
 from megatron_groupmates.training.live_order import LiveOrder, consumed_log_digest
 from megatron_groupmates.training.metrics import MetricsFile, read_training_state, write_training_state
 from megatron_groupmates.training.optimizer import set_learning_rate
+from megatron_groupmates.training.skipping import DamageGuard
 from megatron_groupmates.utils.progress import progress_bar
 from megatron_groupmates.utils.run_directory import find_checkpoint
 from megatron_groupmates.utils.tracking import open_tracker
@@ -59,11 +64,20 @@ class Trainer:
         assert data_parallel_size == groups.data_size
 
         self.pool = open_pool(config, config.data.pool, "data.pool")
+        self.exclusion = open_exclusion(config, self.pool)
+        self.packing = choose_packing(self.pool, config.data.packing, config.model.sequence_length)
+        self.rules = DocumentRules.of(config, self.pool.eot_id)
         model = build_gpt(config, groups, config.parallel.tensor_model_parallel_size, resolve_precision(config.training.precision))
         self.engine = checkpoints.build_engine(config, model, groups)
         self.step, self.consumed_train_samples = 0, 0
-        self.order = self._resume_order(self._load_checkpoint())
-        self.data = TrainingData(config, self.pool, self.order, groups, self.consumed_train_samples)
+        progress = self._load_checkpoint()
+        self.order = self._resume_order(progress)
+        earlier = read_training_state(self.paths)
+        self._farthest_samples = max(self.consumed_train_samples, earlier.get("farthest_train_samples", 0))
+        self.guard = DamageGuard(config, self.paths, self.pool, groups, self._farthest_samples, self._record_event)
+        if progress is not None and self.guard.digest(progress.consumed_train_samples) != progress.skips_digest:
+            raise UserError(f"{self.paths.skipped_samples} is not the one the checkpoint was trained with; restore it from a copy")
+        self.data = TrainingData(config, self.pool, self.order, groups, self.consumed_train_samples, self.guard.settle)
         self.evaluation = self._open_evaluation()
 
         self.tracker = open_tracker(
@@ -75,7 +89,6 @@ class Trainer:
         )
         self.metrics = MetricsFile(self.paths.metrics, self.step, groups.is_main, self.tracker.log)
         self.adopter = self._open_adopter()
-        earlier = read_training_state(self.paths)
         self._earlier_seconds = earlier.get("seconds", 0.0)
         self._branch_step = earlier.get("branch_step", self.step)
         self._started = time.monotonic()
@@ -116,9 +129,10 @@ class Trainer:
         """One optimizer step; float32[3] sums over this rank's tokens: cross-entropy, squared log-partition, scored tokens."""
         set_learning_rate(self.engine.optimizer, rate)
         totals = torch.zeros(3, device=self.groups.device)
-        for samples in self.data.step_batches():
-            tokens, labels = next_token_batch(samples)
-            losses = token_losses(token_logits(self.engine, tokens), labels, self.groups.tensor_group)
+        for samples, unscored in self.data.step_batches():
+            batch = training_batch(samples, self.rules, unscored)
+            logits = token_logits(self.engine, batch.tokens, batch.attention_mask, batch.position_ids)
+            losses = token_losses(logits, batch.labels, self.groups.tensor_group)
             self.engine.backward(losses.training_loss(self.config.model.z_loss))
             self.engine.step()
             totals += torch.stack((losses.cross_entropy, losses.squared_log_partition, losses.num_tokens)).detach()
@@ -134,19 +148,29 @@ class Trainer:
                 f"data.pool: {self.pool.directory} (fingerprint {self.pool.fingerprint[:16]}) is not the pool that the checkpoint in "
                 f"{found[0]} was trained on ({progress.pool_fingerprint[:16]}); give the same pool, or start a new run"
             )
+        if progress.packing != self.packing.name:
+            raise UserError(
+                f"data.packing: the checkpoint in {found[0]} was trained with packing {progress.packing}, this run has "
+                f"{self.packing.name}, under which its sample numbers mean other data; use the same data.packing and "
+                "model.sequence_length, or start a new run"
+            )
         self.step, self.consumed_train_samples = progress.step, progress.consumed_train_samples
         logger.info("continuing from step %d of %s", self.step, found[0])
         return progress
 
     def _resume_order(self, progress: Progress | None) -> LiveOrder:
         entries, masks = self._generation_log()
-        order = LiveOrder(self.pool.num_samples, self.config.run.seed, entries, masks, self._commit_epoch)
+        order = LiveOrder(
+            self.pool.num_samples, self.config.run.seed, entries, masks, self._commit_epoch, self.exclusion.mask, self.packing
+        )
         if progress is not None:
-            found = consumed_log_digest(entries, progress.consumed_train_samples)
+            if not self.config.selection.enabled:
+                order.ensure(progress.consumed_train_samples)  # no file keeps the epochs that have begun
+            found = consumed_log_digest(order.current.entries, progress.consumed_train_samples, self.exclusion.digest)
             if found != progress.log_digest:
                 raise UserError(
                     f"the generation log of {self.paths.root} is not the one the checkpoint was trained with (digest {found[:16]}, "
-                    f"checkpoint says {progress.log_digest[:16]}); restore selection/log.jsonl of that run"
+                    f"checkpoint says {progress.log_digest[:16]}); restore selection/log.jsonl of that run, or what data.exclude names"
                 )
         return order
 
@@ -156,7 +180,7 @@ class Trainer:
             return whole_pool_log(self.pool)
         from megatron_groupmates.training.adoption import open_generation_log
 
-        return open_generation_log(self.config, self.pool, self.groups, self.consumed_train_samples)
+        return open_generation_log(self.config, self.pool, self.exclusion, self.groups, self.consumed_train_samples)
 
     def _commit_epoch(self, entry: LogEntry) -> None:
         if self.config.selection.enabled:
@@ -186,6 +210,9 @@ class Trainer:
             self.groups,
         )
 
+    def _record_event(self, row: dict[str, Any]) -> None:
+        self.metrics.write({"step": self.step, **row})
+
     def _position(self) -> dict[str, int]:
         return {
             "step": self.step,
@@ -196,7 +223,7 @@ class Trainer:
     def _log(self, totals: torch.Tensor, rate: float, seconds: float) -> None:
         dist.all_reduce(totals, group=self.groups.data_group)
         cross_entropy, squared_log_partition, num_tokens = totals.tolist()
-        generation = int(self.order.current.rows(self.consumed_train_samples - 1, 1)[1][0])
+        num_tokens = max(num_tokens, 1.0)  # every sample of the step may have been left out
         self.metrics.write(
             {
                 **self._position(),
@@ -204,7 +231,7 @@ class Trainer:
                 "z_loss": self.config.model.z_loss * squared_log_partition / num_tokens,
                 "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
                 "learning_rate": rate,
-                "generation": generation,
+                "generation": self.order.current.generation(self.consumed_train_samples - 1),
                 "seconds": round(seconds, 4),
                 "tokens_per_second": round(num_tokens / seconds, 1),
             }
@@ -215,7 +242,7 @@ class Trainer:
         if self.evaluation is None or self.groups.broadcast_object(self.metrics.has_evaluation(self.step)):
             return
         self.engine.eval()
-        loss = evaluation_loss(self.engine, self.evaluation, self.groups)
+        loss = evaluation_loss(self.engine, self.evaluation, self.groups, self.rules)
         self.engine.train()
         self.metrics.write({**self._position(), "evaluation_loss": loss})
 
@@ -228,7 +255,7 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        digest = consumed_log_digest(self.order.current.entries, self.consumed_train_samples)
+        digest = consumed_log_digest(self.order.current.entries, self.consumed_train_samples, self.exclusion.digest)
         checkpoints.save(
             self.engine,
             self.config,
@@ -238,6 +265,8 @@ class Trainer:
                 consumed_train_samples=self.consumed_train_samples,
                 log_digest=digest,
                 pool_fingerprint=self.pool.fingerprint,
+                packing=self.packing.name,
+                skips_digest=self.guard.digest(self.consumed_train_samples),
             ),
         )
 
@@ -250,6 +279,7 @@ class Trainer:
                 self.paths,
                 state,
                 **self._position(),
+                farthest_train_samples=max(self._farthest_samples, self.consumed_train_samples),
                 branch_step=self._branch_step,
                 seconds=round(seconds, 2),
                 flops=per_token * batch_tokens * self.step,
@@ -258,6 +288,6 @@ class Trainer:
 
 
 def whole_pool_log(pool: PoolIndex) -> tuple[tuple[LogEntry, ...], dict[int, Any]]:
-    """The log of a run that never selects: generation 0, every sample of the pool."""
+    """The log of a run that never selects: generation 0, every sample of the pool (but those excluded)."""
     entry = LogEntry(generation=0, effective_sample=0, epoch=0, digest="")
     return (entry,), {0: np.ones(pool.num_samples, dtype=bool)}

@@ -79,6 +79,9 @@ def train_in_rank(rank: int, world_size: int, job: Job) -> str:
             raise Killed
         if trainer.step == job.publish_before_step and groups.is_main:
             publish_every_third(config)
+        if trainer.adopter is not None and trainer.adopter._preparation is not None:
+            # What is found at one boundary is adopted at the next, however fast this machine is.
+            assert trainer.adopter._preparation.wait(60)
         return train_step(rate)
 
     trainer._train_step = step

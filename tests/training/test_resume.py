@@ -27,7 +27,7 @@ def test_a_run_killed_twice_equals_an_uninterrupted_one(tmp_path: Path, parallel
     killed = make_config(tmp_path, size, *SELECTING, run="killed")
     jobs = [
         Job(config=whole, publish_before_step=5),
-        Job(config=killed, publish_before_step=5, die_before_step=6),
+        Job(config=killed, publish_before_step=5, die_before_step=7),
         Job(config=killed, publish_before_step=5, die_before_step=10),
         Job(config=killed),
     ]
@@ -37,8 +37,8 @@ def test_a_run_killed_twice_equals_an_uninterrupted_one(tmp_path: Path, parallel
     assert losses(killed) == losses(whole)
     assert evaluations(killed) == evaluations(whole)
     log = [(entry.generation, entry.effective_sample) for entry in read_log(Path(killed.run.output_dir) / "selection/log.jsonl")]
-    assert log == [(0, 0), (1, 24)], "generation 1, published at step 5, is adopted at step 6 and once only"
-    assert [row["step"] for row in rows(killed) if row.get("event") == "adoption"] == [6]
+    assert log == [(0, 0), (1, 28)], "generation 1, published at step 5, is prepared at step 6, adopted at step 7 and once only"
+    assert [row["step"] for row in rows(killed) if row.get("event") == "adoption"] == [7]
 
 
 def test_loaders_that_read_ahead_change_no_sample_and_adoptions_take_effect_behind_them(tmp_path: Path):
@@ -50,10 +50,10 @@ def test_loaders_that_read_ahead_change_no_sample_and_adoptions_take_effect_behi
     run_ranks(train_jobs, 2, [Job(config=two), Job(config=selecting, publish_before_step=5)], tmp_path=tmp_path)
     assert losses(two) == pytest.approx(losses(one), rel=2e-5)
     entry = read_log(Path(selecting.run.output_dir) / "selection/log.jsonl")[1]
-    # 2 processes x 2 micro-batches of 2 sequences on 2 ranks: 16 samples ahead of step 6's 24.
-    assert entry.effective_sample == 40
+    # 2 processes x 2 micro-batches of 2 sequences on 2 ranks: 16 samples ahead of step 7's 28.
+    assert entry.effective_sample == 44
     generations = {row["step"]: row["generation"] for row in rows(selecting) if "loss" in row}
-    assert [step for step, generation in generations.items() if generation == 1] == [11, 12]
+    assert [step for step, generation in generations.items() if generation == 1] == [12]
 
 
 def _train_on_a_disk_that_fills_up(rank, world_size, config):
