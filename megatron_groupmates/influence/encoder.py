@@ -7,8 +7,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron_groupmates.config import UserError
+from megatron_groupmates.model.batch import DocumentRules, Samples, document_inputs
 from megatron_groupmates.model.gpt import hidden_states
 
 WINDOW_TOKENS = 512
@@ -19,21 +21,29 @@ class Encoder(Protocol):
 
     feature_dim: int
 
-    def encode(self, samples: torch.Tensor) -> torch.Tensor:
-        """int64 ``[n, s + 1]`` samples -> float32 ``[n, feature_dim]`` features."""
+    def encode(self, samples: Samples) -> torch.Tensor:
+        """Features float32 ``[n, feature_dim]`` of ``samples``, whatever company they are in."""
         ...
 
 
 class ProbeEncoder:
     """Hidden states of the language-model checkpoint itself, averaged over tokens: needs no other model."""
 
-    def __init__(self, model: Any, hidden_size: int) -> None:
+    def __init__(self, model: Any, hidden_size: int, rules: DocumentRules) -> None:
         self._model = model
+        self._rules = rules
         self.feature_dim = hidden_size
 
-    def encode(self, samples: torch.Tensor) -> torch.Tensor:
+    def encode(self, samples: Samples) -> torch.Tensor:
         """See :class:`Encoder`. The oracle sees the same tokens, cut the same way."""
-        return hidden_states(self._model, samples[:, :-1].contiguous()).float().mean(0)
+        # The last token is only ever a target; of a document of one token it is all there is.
+        inputs = [sample[: max(1, len(sample) - 1)] for sample in samples]
+        # What fills a batch up lies behind all that is averaged: causal attention does not see it.
+        tokens = pad_sequence(inputs, batch_first=True, padding_value=self._rules.eot_id)
+        hidden = hidden_states(self._model, tokens, *document_inputs(tokens, self._rules)).float()
+        lengths = torch.tensor([len(part) for part in inputs], device=tokens.device)
+        inside = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(1) < lengths
+        return (hidden * inside.unsqueeze(-1)).sum(0) / lengths.unsqueeze(-1)
 
 
 class HuggingFaceEncoder:
@@ -71,9 +81,9 @@ class HuggingFaceEncoder:
         self.feature_dim = self._model.config.hidden_size
 
     @torch.no_grad()
-    def encode(self, samples: torch.Tensor) -> torch.Tensor:
+    def encode(self, samples: Samples) -> torch.Tensor:
         """See :class:`Encoder`."""
-        windows, owners = self._windows([self._detokenise(sample) for sample in samples.tolist()])
+        windows, owners = self._windows([self._detokenise(sample.tolist()) for sample in samples])
         batch = self._tokenizer.pad({"input_ids": windows}, return_tensors="pt").to(self._device)
         first = torch.nn.functional.normalize(self._model(**batch).last_hidden_state[:, 0].float(), dim=-1)
         owner = torch.tensor(owners, device=self._device)
@@ -95,14 +105,27 @@ class HuggingFaceEncoder:
 def encode_rows(
     encoder: Encoder,
     rows: np.ndarray,
-    read_samples: Any,
+    lengths: np.ndarray,
+    read_samples: Callable[[np.ndarray], Samples],
     batch_size: int,
     on_samples: Callable[[int], Any] = lambda count: None,
 ) -> np.ndarray:
-    """Features float32 ``[len(rows), feature_dim]`` of pool ``rows``, in batches. All ranks of a tensor-parallel group call."""
+    """Features float32 ``[len(rows), feature_dim]`` of pool ``rows``, in batches of samples of like length.
+
+    All ranks of a tensor-parallel group call.
+
+    Args:
+        encoder: what encodes.
+        rows: int64 ``[n]``.
+        lengths: int ``[n]``, tokens of each row.
+        read_samples: pool rows -> their tokens.
+        batch_size: samples at a time.
+        on_samples: called with the number of samples after each batch.
+    """
     features = np.empty((len(rows), encoder.feature_dim), dtype=np.float32)
+    order = np.argsort(lengths, kind="stable")
     for first in range(0, len(rows), batch_size):
-        part = rows[first : first + batch_size]
-        features[first : first + batch_size] = encoder.encode(read_samples(part)).cpu().numpy()
+        part = order[first : first + batch_size]
+        features[part] = encoder.encode(read_samples(rows[part])).cpu().numpy()
         on_samples(len(part))
     return features

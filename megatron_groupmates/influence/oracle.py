@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from megatron_groupmates.influence.probe import Probe
+from megatron_groupmates.model.batch import Samples
 
-ReadSamples = Callable[[np.ndarray], torch.Tensor]
+ReadSamples = Callable[[np.ndarray], Samples]
 
 
 def draw_random_rollouts(num_rollouts: int, length: int, num_candidates: int, seed: int) -> np.ndarray:
@@ -21,7 +22,7 @@ def draw_random_rollouts(num_rollouts: int, length: int, num_candidates: int, se
 
 def measure_rollout(
     probe: Probe,
-    samples: torch.Tensor,
+    samples: Samples,
     learning_rate: float,
     estimator: str,
     gradient: list[torch.Tensor] | None = None,
@@ -32,7 +33,7 @@ def measure_rollout(
 
     Args:
         probe: loaded; left wherever the rollout ends.
-        samples: int64 ``[T, s + 1]``, taken one by one in order.
+        samples: T samples of at least two tokens, taken one by one in order.
         learning_rate: of every step: the run's at the checkpoint, or the oracle's own.
         estimator: ``exact`` evaluates L(D_ref) after each step; ``first_order`` adds up reference gradient times
             parameter change, so its losses start at 0.
@@ -68,7 +69,7 @@ def measure_rollouts(
     Args:
         probe: loaded; left at the checkpoint, as the encoder may use its model.
         rollouts: samples by number.
-        read_samples: numbers int64 ``[T]`` -> tokens int64 ``[T, s + 1]`` on the probe's device.
+        read_samples: numbers int64 ``[T]`` -> their tokens on the probe's device.
         learning_rate: of every step.
         estimator: ``exact`` or ``first_order``.
         on_rollout: called with 1 after each rollout.

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from megatron_groupmates.checkpoint.zero import ZeroCheckpoint
 from megatron_groupmates.config import Config, UserError
 from megatron_groupmates.influence.reference import ReferenceSet
+from megatron_groupmates.model.batch import Batch, DocumentRules, document_inputs, training_batch
 from megatron_groupmates.model.gpt import token_logits
-from megatron_groupmates.model.losses import next_token_batch, token_losses
+from megatron_groupmates.model.losses import TokenLosses, token_losses
 from megatron_groupmates.parallel import ParallelGroups
 
 
@@ -48,6 +49,7 @@ class Probe:
         groups: this rank's groups.
         reference: D_ref.
         reference_batch_size: examples per forward pass of an evaluation.
+        rules: of the run: what the documents of a sequence change.
     """
 
     def __init__(
@@ -57,11 +59,15 @@ class Probe:
         groups: ParallelGroups,
         reference: ReferenceSet,
         reference_batch_size: int,
+        rules: DocumentRules,
     ) -> None:
         self.model = model
+        self._rules = rules
         self._config = config
         self._groups = groups
-        self._reference = reference.batches(reference_batch_size)
+        self._reference = [
+            Batch(tokens, labels, *document_inputs(tokens, rules)) for tokens, labels in reference.batches(reference_batch_size)
+        ]
         named = list(model.named_parameters())
         decayed = [(n, p) for n, p in named if p.ndim > 1]
         others = [(n, p) for n, p in named if p.ndim <= 1]
@@ -128,7 +134,7 @@ class Probe:
 
     def step(self, samples: torch.Tensor, learning_rate: float) -> float:
         """One training step on int64 ``[b, s + 1]`` samples; returns the gradient norm before clipping."""
-        self._backward(*next_token_batch(samples), self._config.model.z_loss)
+        self._backward(training_batch(samples, self._rules), self._config.model.z_loss)
         norm = self._gradient_norm()
         limit = self._config.training.gradient_clipping
         for group, flat in zip(self._optimizer.param_groups, self._flat, strict=True):
@@ -145,8 +151,8 @@ class Probe:
     def reference_loss(self) -> float:
         """L(D_ref): cross-entropy per scored token, one mean over all tokens whatever the batch size."""
         total = torch.zeros(2, dtype=torch.float64, device=self._groups.device)
-        for tokens, labels in self._reference:
-            losses = token_losses(token_logits(self.model, tokens), labels, self._groups.tensor_group)
+        for batch in self._reference:
+            losses = self._losses(batch)
             total += torch.stack((losses.cross_entropy, losses.num_tokens)).double()
         return (total[0] / total[1]).item()
 
@@ -154,11 +160,11 @@ class Probe:
         """Gradient of L(D_ref) at the present weights, float32, flat as the masters."""
         totals = [torch.zeros_like(flat.master) for flat in self._flat]
         num_tokens = 0.0
-        for tokens, labels in self._reference:
-            scored = float((labels >= 0).sum())
+        for batch in self._reference:
+            scored = float((batch.labels >= 0).sum())
             if not scored:
                 continue
-            self._backward(tokens, labels, 0.0)
+            self._backward(batch, 0.0)
             for total, flat in zip(totals, self._flat, strict=True):
                 total.add_(flat.gradient, alpha=scored)
             num_tokens += scored
@@ -179,10 +185,14 @@ class Probe:
         dist.all_reduce(total, group=self._groups.tensor_group)
         return total.item()
 
-    def _backward(self, tokens: torch.Tensor, labels: torch.Tensor, z_loss: float) -> None:
+    def _backward(self, batch: Batch, z_loss: float) -> None:
         for flat in self._flat:
             flat.gradient.zero_()
-        token_losses(token_logits(self.model, tokens), labels, self._groups.tensor_group).training_loss(z_loss).backward()
+        self._losses(batch).training_loss(z_loss).backward()
+
+    def _losses(self, batch: Batch) -> TokenLosses:
+        logits = token_logits(self.model, batch.tokens, batch.attention_mask, batch.position_ids)
+        return token_losses(logits, batch.labels, self._groups.tensor_group)
 
     def _gradient_norm(self) -> torch.Tensor:
         """Global gradient norm as DeepSpeed's ZeRO-1 computes it: by weight-decay group, in float64 within a parameter."""

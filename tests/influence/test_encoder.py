@@ -21,12 +21,13 @@ CPU = torch.device("cpu")
 
 
 def test_probe_features_are_mean_hidden_states(tmp_path):
+    from megatron_groupmates.model.batch import DocumentRules
     from megatron_groupmates.model.gpt import build_gpt, hidden_states
 
     samples = torch.randint(VOCABULARY, (5, SEQUENCE_LENGTH + 1), generator=torch.Generator().manual_seed(0))
     with one_rank(tmp_path) as groups:
         model = build_gpt(tiny_config("unused"), groups, 1, torch.float32)
-        encoder = ProbeEncoder(model, 32)
+        encoder = ProbeEncoder(model, 32, DocumentRules(eot_id=0))
         features = encoder.encode(samples)
         expected = hidden_states(model, samples[:, :-1]).mean(0)
         changed = samples.clone()
@@ -35,9 +36,30 @@ def test_probe_features_are_mean_hidden_states(tmp_path):
         torch.testing.assert_close(features, expected)
         # The last token is only ever a target.
         assert torch.equal(encoder.encode(changed), features)
-        low = ProbeEncoder(build_gpt(tiny_config("unused"), groups, 1, torch.bfloat16), 32).encode(samples)
+        low = ProbeEncoder(build_gpt(tiny_config("unused"), groups, 1, torch.bfloat16), 32, DocumentRules(eot_id=0)).encode(samples)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, features, rtol=0.1, atol=0.1)
+
+
+def test_probe_features_of_samples_of_any_lengths(tmp_path):
+    """A sample's features do not depend on what fills its batch up, nor on the documents beside it."""
+    from megatron_groupmates.model.batch import DocumentRules
+    from megatron_groupmates.model.gpt import build_gpt
+
+    generator = torch.Generator().manual_seed(1)
+    samples = [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in (1, 2, 5, SEQUENCE_LENGTH + 1)]
+    samples[2][2] = 0
+    for resets in (False, True):
+        rules = DocumentRules(0, reset_attention_mask=resets, reset_position_ids=resets)
+        directory = tmp_path / str(resets)
+        directory.mkdir()
+        with one_rank(directory) as groups:
+            config = tiny_config("unused", data__reset_position_ids=resets)
+            encoder = ProbeEncoder(build_gpt(config, groups, 1, torch.float32), 32, rules)
+            together = encoder.encode(samples)
+            alone = torch.cat([encoder.encode([sample]) for sample in samples])
+        assert together.shape == (4, 32) and torch.isfinite(together).all()
+        torch.testing.assert_close(together, alone)
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +175,15 @@ def test_rows_are_encoded_in_batches(count, sizes):
     encoder, done = Doubler(), []
     rows = np.arange(count) * 7
 
+    # Every third sample is long: batches go from short to long, features come back in place.
+    lengths = np.where(np.arange(count) % 3 == 0, 9, 2)
+    seen: list[int] = []
+
     def read_samples(part: np.ndarray) -> Any:
+        seen.extend(part.tolist())
         return torch.from_numpy(part)[:, None]
 
-    features = encode_rows(encoder, rows, read_samples, 4, done.append)
+    features = encode_rows(encoder, rows, lengths, read_samples, 4, done.append)
+    assert seen == sorted(rows.tolist(), key=lambda row: lengths[row // 7])
     assert features.dtype == np.float32 and features.tolist() == [[row, 2 * row] for row in rows.tolist()]
     assert encoder.sizes == sizes == done

@@ -42,15 +42,16 @@ def test_random_rollouts_use_the_seed_and_every_candidate():
 @pytest.fixture(scope="module")
 def probe_and_reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
     from megatron_groupmates.influence.probe import Probe
+    from megatron_groupmates.model.batch import DocumentRules
     from megatron_groupmates.model.gpt import build_gpt
 
     run = trained_run(1, tmp_path_factory)
     with one_rank(tmp_path_factory.mktemp("group")) as groups:
         device = torch.device("cpu")
         reference = load_reference(PoolIndex.open(run.root / "reference"), SEQUENCE_LENGTH, 4, device)
-        probe = Probe(build_gpt(run.config(), groups, 1, torch.float32), run.config(), groups, reference, 4)
+        probe = Probe(build_gpt(run.config(), groups, 1, torch.float32), run.config(), groups, reference, 4, DocumentRules(eot_id=0))
         probe.load(ZeroCheckpoint(run.tag(3)))
-        yield probe, sample_reader(PoolIndex.open(run.root / "pool"), device)
+        yield probe, sample_reader(PoolIndex.open(run.root / "pool"), device, SEQUENCE_LENGTH)
 
 
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])

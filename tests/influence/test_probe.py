@@ -42,9 +42,10 @@ def reference_set() -> ReferenceSet:
 
 def build_probe(config: Config, groups: Any, batch_size: int = 3, dtype: torch.dtype = torch.float32) -> Any:
     from megatron_groupmates.influence.probe import Probe
+    from megatron_groupmates.model.batch import DocumentRules
     from megatron_groupmates.model.gpt import build_gpt
 
-    return Probe(build_gpt(config, groups, groups.tensor_size, dtype), config, groups, reference_set(), batch_size)
+    return Probe(build_gpt(config, groups, groups.tensor_size, dtype), config, groups, reference_set(), batch_size, DocumentRules(eot_id=0))
 
 
 def state_of(probe: Any) -> dict[str, dict[str, torch.Tensor]]:
