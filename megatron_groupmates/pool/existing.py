@@ -1,35 +1,30 @@
-"""Token shards made by DCLM's or open_lm's own tools, indexed as a pool without rewriting them."""
+"""Token shards made by other tools, indexed as a pool without rewriting them."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
-import multiprocessing
-import tarfile
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_groupmates.config.errors import UserError
-from megatron_groupmates.pool.index import (
-    MANIFEST_FILE,
-    POOL_FILE,
-    TOKENIZER_FILE,
-    PoolFacts,
-    PoolIndex,
-    ShardRecord,
-    write_index,
-)
-from megatron_groupmates.pool.reader import decode_json_member
+from megatron_groupmates.pool.index import POOL_FILE, TOKENIZER_FILE, PoolFacts, PoolIndex, ShardRecord, write_index
+from megatron_groupmates.pool.kept_records import keep_record, load_record
+from megatron_groupmates.pool.scan import FORMAT_OF_ENDING, ScannedShard, ScanOptions, member_format, scan_shard
+from megatron_groupmates.pool.shard_lists import ShardList, enumerate_names, list_shards
 from megatron_groupmates.pool.tokenizer import PoolTokenizer
-from megatron_groupmates.utils.files import sha256_file, write_bytes
+from megatron_groupmates.pool.workers import run_tasks
+from megatron_groupmates.utils import storage
+from megatron_groupmates.utils.files import write_bytes
 from megatron_groupmates.utils.progress import progress_bar
 
 _TOOL = "index_pool"
+_WORK_DIRECTORY = "index_pool.work"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +33,10 @@ class IndexReport:
 
     Attributes:
         num_shards, num_samples, num_tokens: in the pool.
-        extra: tars that the manifest does not list; left out, as they may be unfinished.
+        extra: tars that the list of shards does not name; left out, as they may be unfinished.
         repeated: shards listed more than once; used once.
         empty: shards without a sample; left out.
+        ignored: number of members that hold no ids, by suffix.
         built: False where the pool was there already; the lists are then empty.
     """
 
@@ -50,182 +46,170 @@ class IndexReport:
     extra: list[str]
     repeated: list[str]
     empty: list[str]
+    ignored: dict[str, int]
     built: bool
 
 
-def index_existing(directory: Path | str, output: Path | str, tokenizer: PoolTokenizer, num_workers: int = 0) -> IndexReport:
-    """Make the token shards in ``directory`` a pool, by one pass over them.
+def index_existing(
+    source: Path | str,
+    output: Path | str,
+    tokenizer: PoolTokenizer,
+    num_workers: int = 0,
+    member_suffix: str | None = None,
+) -> IndexReport:
+    """Make existing token shards a pool, by one pass over their bytes.
+
+    What was read is kept in ``<output>/index_pool.work``, so that a killed run continues; a run that ends removes it.
 
     Args:
-        directory: has ``*.tar`` with members ``*.json.gz`` (gzip of a JSON list of ids) and perhaps ``manifest.jsonl``,
-            with or without a final newline.
-        output: where the index goes; ``directory`` itself or another place, from which the shards are referred to by
-            absolute path.
+        source: as in :func:`megatron_groupmates.pool.shard_lists.list_shards`. Members are ``.json.gz`` (gzip of a JSON
+            list of ids) or ``.bin`` (little-endian ids, 16-bit where the vocabulary fits); others are left out.
+        output: where the index goes; the directory of the shards or another local one, from which the shards are
+            referred to by absolute path or URL.
         tokenizer: that made the ids.
         num_workers: processes that read shards, 0 to do it in this one.
+        member_suffix: of the members that hold the ids, such as ``json.gz`` or ``tokens.bin``; None to find it.
 
     Raises:
-        UserError: a shard of the manifest is missing, damaged, or has not the number of samples listed; an id is
-            outside the tokenizer's vocabulary; there are no shards; or ``output`` is a pool made otherwise.
-        OSError: the index cannot be written.
+        UserError: a shard that is listed is missing, damaged, or has not the number of samples listed; an id is
+            outside the tokenizer's vocabulary; it is not clear which members hold the ids; there are no shards; or
+            ``output`` is a pool made otherwise.
+        OSError: a shard cannot be read, or the index cannot be written.
     """
-    directory, output = Path(directory).resolve(), Path(output).resolve()
+    if storage.is_remote(output):
+        raise UserError(f"an index cannot be written to {output}; name a local directory with --output (the shards stay where they are)")
+    if num_workers < 0:
+        raise UserError(f"--workers {num_workers} should be at least 0")
+    output = Path(output).resolve()
+    shards = list_shards(source)
     if (output / POOL_FILE).exists():
-        return _check_present(directory, output, tokenizer)
-    if not directory.is_dir():
-        raise UserError(f"there is no directory {directory}; check the path")
-    listed, repeated = _read_manifest(directory / MANIFEST_FILE)
-    present = {path.name.removesuffix(".tar") for path in directory.glob("*.tar")}
-    names = sorted(present if listed is None else listed)
-    if not names:
-        raise UserError(f"{directory} has no token shards: no *.tar files, and no {MANIFEST_FILE} that lists any")
-    missing = [name for name in names if not (directory / f"{name}.tar").is_file()]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of the {len(names)} shards of {directory / MANIFEST_FILE} are missing: "
-            f"{_enumerate(missing)}; fetch them, or take their lines out of the manifest"
-        )
-    records = _read_shards(directory, names, tokenizer.vocab_size, num_workers)
-    for record in records:
-        expected = None if listed is None else listed[record.name]
-        if expected is not None and expected != len(record.lengths):
-            raise UserError(
-                f"shard {directory / record.name}.tar has {len(record.lengths)} samples, the manifest says {expected}; fetch it again"
-            )
-    shards = [record for record in records if len(record.lengths)]
-    _write(directory, output, tokenizer, shards)
-    num_samples = sum(len(shard.lengths) for shard in shards)
+        return _check_present(shards, output, tokenizer)
+    suffix = None if member_suffix is None else member_suffix.removeprefix(".")
+    if suffix is not None and member_format(suffix) is None:
+        raise UserError(f"--member-suffix {member_suffix!r} should end in {' or '.join(FORMAT_OF_ENDING)}: no other members are read")
+    options = ScanOptions(tokenizer.vocab_size, tokenizer.token_dtype, suffix)
+    scanned = _scan_all(shards, options, output / _WORK_DIRECTORY, num_workers)
+    _check_counts(shards, scanned)
+    records = [shard.record for shard in scanned if len(shard.record.lengths)]
+    if not records:
+        raise UserError(f"the shards in {shards.directory} have no sample")
+    _write(shards, output, tokenizer, records, _common_format(shards, scanned))
+    shutil.rmtree(output / _WORK_DIRECTORY)
+    ignored: collections.Counter[str] = collections.Counter()
+    for shard in scanned:
+        ignored.update(shard.ignored)
     return IndexReport(
-        len(shards),
-        num_samples,
-        sum(int(shard.lengths.sum(dtype=np.int64)) for shard in shards),
-        extra=sorted(present - set(names)),
-        repeated=repeated,
-        empty=[record.name for record in records if not len(record.lengths)],
+        len(records),
+        sum(len(record.lengths) for record in records),
+        sum(int(record.lengths.sum(dtype=np.int64)) for record in records),
+        extra=shards.extra,
+        repeated=shards.repeated,
+        empty=[shard.record.name for shard in scanned if not len(shard.record.lengths)],
+        ignored=dict(ignored),
         built=True,
     )
 
 
-def read_shard(directory: Path, vocab_size: int, name: str) -> ShardRecord:
-    """Index one existing shard.
-
-    Raises:
-        UserError: it is not a tar of ``*.json.gz`` members, is damaged, or has an id outside the vocabulary.
-    """
-    path = directory / f"{name}.tar"
-    offsets, member_bytes, lengths = [], [], []
-    try:
-        for row, (info, content) in enumerate(_members(path)):
-            tokens = decode_json_member(content)
-            if tokens.min() < 0 or tokens.max() >= vocab_size:
-                raise ValueError(
-                    f"row {row} has ids from {tokens.min()} to {tokens.max()}, but the tokenizer's "
-                    f"vocabulary has {vocab_size}: name the one that made the shards with --tokenizer"
-                )
-            offsets.append(info.offset_data)
-            member_bytes.append(info.size)
-            lengths.append(len(tokens))
-    except (tarfile.TarError, ValueError, OSError) as error:
-        raise UserError(f"shard {path} cannot be indexed: {error}") from error
-    return ShardRecord(
-        name,
-        np.array(offsets, dtype=np.uint64),
-        np.array(member_bytes, dtype=np.uint32),
-        np.array(lengths, dtype=np.int32),
-        path.stat().st_size,
-        sha256_file(path),
-    )
+@dataclasses.dataclass(frozen=True)
+class _Context:
+    shards: ShardList
+    options: ScanOptions
+    work: Path
 
 
-def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    end = 0
-    with open(path, "rb") as shard, tarfile.open(fileobj=shard, mode="r:") as tar:
-        for info in tar:
-            end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            if not info.isfile():
-                continue
-            if not info.name.endswith(".json.gz"):
-                raise ValueError(f"member {info.name!r} is not a .json.gz of token ids")
-            file = tar.extractfile(info)
-            assert file is not None
-            yield info, file.read()
-        # The library takes a damaged or missing header for the end of the archive.
-        shard.seek(end)
-        if shard.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise ValueError(f"the archive is damaged or ends early, at byte {end}")
-
-
-def _read_shards(directory: Path, names: list[str], vocab_size: int, num_workers: int) -> list[ShardRecord]:
-    read = partial(read_shard, directory, vocab_size)
+def _scan_all(shards: ShardList, options: ScanOptions, work: Path, num_workers: int) -> list[ScannedShard]:
+    """All shards, sorted by name; those read by a killed run are taken from ``work``."""
+    work.mkdir(parents=True, exist_ok=True)
+    names = sorted(shards.counts)
+    context = _Context(shards, options, work)
     with progress_bar(len(names), "index shards", unit="shard") as bar:
-        records = []
-        if num_workers == 0:
-            for record in map(read, names):
-                records.append(record)
-                bar.update()
-            return records
-        # Spawned, not forked: the tokenizer's threads do not survive a fork.
-        with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as executor:
-            for record in executor.map(read, names):
-                records.append(record)
-                bar.update()
-        return records
+        run_tasks(_scan, context, names, num_workers, on_advance=lambda amount: None, on_done=bar.update)
+    found = [_load(context, name) for name in names]
+    changed = [name for name, shard in zip(names, found, strict=True) if shard is None]
+    if changed:
+        raise UserError(f"shards changed while they were read: {enumerate_names(changed)}; index them when they are complete")
+    return [shard for shard in found if shard is not None]
 
 
-def _read_manifest(path: Path) -> tuple[dict[str, int | None] | None, list[str]]:
-    """(shard name to number of samples where it says one, names listed again); (None, []) without a manifest."""
-    if not path.is_file():
-        return None, []
-    listed: dict[str, int | None] = {}
-    repeated = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry: Any = json.loads(line)
-            name = entry["shard"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f'{path}, line {number} is not an object with "shard": {line[:80]!r}') from error
-        if name in listed:
-            repeated.append(name)
-        listed[name] = entry.get("num_sequences", entry.get("num_chunks"))
-    return listed, repeated
+def _scan(context: _Context, name: str, advance: Callable[[int], None]) -> None:
+    if _load(context, name) is None:
+        stamp = _stamp(context, name)  # of the shard as it is before it is read
+        shard = scan_shard(context.shards.path(name), name, context.options)
+        more = {"suffix": shard.suffix, "ignored": shard.ignored}
+        keep_record(context.work, shard.record, stamp, more)
 
 
-def _write(directory: Path, output: Path, tokenizer: PoolTokenizer, shards: list[ShardRecord]) -> None:
-    if not shards:
-        raise UserError(f"the shards in {directory} have no sample")
-    output.mkdir(parents=True, exist_ok=True)
+def _load(context: _Context, name: str) -> ScannedShard | None:
+    kept = load_record(context.work, name, _stamp(context, name))
+    return None if kept is None else ScannedShard(kept[0], kept[1]["suffix"], kept[1]["ignored"])
+
+
+def _stamp(context: _Context, name: str) -> str:
+    path = context.shards.path(name)
+    return json.dumps([path, _version(path), *dataclasses.astuple(context.options)])
+
+
+def _version(path: str) -> list[int | None]:
+    """Size and, of a local file, time of the last change: what tells that a shard is still the one that was read."""
+    changed = None if storage.is_remote(path) else os.stat(path).st_mtime_ns
+    return [storage.file_size(path), changed]
+
+
+def _check_counts(shards: ShardList, scanned: list[ScannedShard]) -> None:
+    for shard in scanned:
+        expected = shards.counts[shard.record.name]
+        if expected is not None and expected != len(shard.record.lengths):
+            raise UserError(
+                f"shard {shards.path(shard.record.name)} has {len(shard.record.lengths)} samples, the manifest says {expected}; "
+                f"fetch it again, or correct {shards.said_by}"
+            )
+
+
+def _common_format(shards: ShardList, scanned: list[ScannedShard]) -> str:
+    first: dict[str, str] = {}
+    for shard in scanned:
+        if shard.suffix:
+            first.setdefault(shard.suffix, shard.record.name)
+    if len(first) > 1:
+        found = ", ".join(f".{suffix} in {name}" for suffix, name in sorted(first.items()))
+        raise UserError(f"the shards in {shards.directory} hold ids in different members: {found}; choose one with --member-suffix")
+    found_format = member_format(next(iter(first)))
+    assert found_format is not None
+    return found_format
+
+
+def _write(shards: ShardList, output: Path, tokenizer: PoolTokenizer, records: list[ShardRecord], found_format: str) -> None:
     write_bytes(output / TOKENIZER_FILE, tokenizer.content)
     facts = PoolFacts(
-        member_format="json.gz",
+        member_format=found_format,
         token_dtype=tokenizer.token_dtype,
         vocab_size=tokenizer.vocab_size,
         eot_id=tokenizer.eot_id,
         tokenizer={"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
         kinds=[],
-        made_by={"tool": _TOOL, "arguments": {"shards": str(directory)}},
-        shard_directory="." if output == directory else str(directory),
+        made_by={"tool": _TOOL, "arguments": {"shards": shards.said_by or shards.directory}},
+        shard_directory=_shard_directory(shards, output),
     )
-    num_samples = sum(len(shard.lengths) for shard in shards)
-    write_index(output, facts, shards, np.full(num_samples, -1, dtype=np.int16))
+    num_samples = sum(len(record.lengths) for record in records)
+    write_index(output, facts, records, np.full(num_samples, -1, dtype=np.int16))
 
 
-def _check_present(directory: Path, output: Path, tokenizer: PoolTokenizer) -> IndexReport:
+def _shard_directory(shards: ShardList, output: Path) -> str:
+    if storage.is_remote(shards.directory):
+        return shards.directory
+    directory = Path(shards.directory).resolve()
+    return "." if directory == output else str(directory)
+
+
+def _check_present(shards: ShardList, output: Path, tokenizer: PoolTokenizer) -> IndexReport:
     index = PoolIndex.open(output)
-    if (output / index.facts["shard_directory"]).resolve() != directory:
-        raise UserError(
-            f"{output} is a pool already, with its shards in {output / index.facts['shard_directory']}, "
-            f"not {directory}; choose another --output"
-        )
+    found, expected = index.facts["shard_directory"], _shard_directory(shards, output)
+    if found != expected:
+        raise UserError(f"{output} is a pool already, with its shards in {found}, not {expected}; choose another --output")
     if index.tokenizer["fingerprint"] != tokenizer.fingerprint:
         raise UserError(
             f"{output} is a pool already, with tokenizer {index.tokenizer['name']} (SHA-256 "
             f"{index.tokenizer['fingerprint']}), not {tokenizer.name} ({tokenizer.fingerprint}); choose "
             "another --output"
         )
-    return IndexReport(index.num_shards, index.num_samples, index.num_tokens, [], [], [], built=False)
-
-
-def _enumerate(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return IndexReport(index.num_shards, index.num_samples, index.num_tokens, [], [], [], {}, built=False)

@@ -1,0 +1,1 @@
+"""Writing selections in the forms that other training stacks read. A pool itself is never changed."""
