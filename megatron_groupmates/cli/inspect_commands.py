@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 
 from megatron_groupmates.config import Config, RunPaths, UserError, refresh_steps
+from megatron_groupmates.pool.contexts import choose_packing
+from megatron_groupmates.pool.exclusion import open_exclusion
 from megatron_groupmates.pool.generation import load_generation, read_pointer
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.log import LogEntry, read_log
 from megatron_groupmates.pool.order import SampleOrder, next_epoch_entry
+from megatron_groupmates.pool.remote import RemoteSettings
+from megatron_groupmates.pool.skips import read_skips
 from megatron_groupmates.utils.files import read_json, read_lines
 from megatron_groupmates.utils.run_directory import read_run_config
+from megatron_groupmates.utils.storage import configure_storage
 
 
 def add_commands(commands: Any) -> None:
@@ -30,7 +35,8 @@ def add_commands(commands: Any) -> None:
         "trace",
         help="which data a range of global samples saw",
         description="JSON lines, one per global sample (Megatron's consumed_train_samples counting): "
-        "sample, generation, sources [[shard, row, first_token, num_tokens], ...], tokens_sha256.",
+        "sample, generation, sources [[shard, row, first_token, num_tokens], ...], tokens_sha256, and skipped: true where "
+        "a part could not be read and was left out.",
     )
     trace.add_argument("run", type=Path, metavar="RUN", help="run directory")
     trace.add_argument("--start", type=int, required=True, metavar="G", help="first global sample")
@@ -62,6 +68,7 @@ def run_status(paths: RunPaths, config: Config) -> dict[str, Any]:
             {"generation": entry.generation, "effective_sample": entry.effective_sample, "epoch": entry.epoch}
             for entry in read_log(paths.generation_log)
         ],
+        "skipped_samples": len(read_skips(paths.skipped_samples)),
         "planned_refreshes": refresh_steps(config),
         "failures": [read_json(path) for path in sorted(paths.selection.glob("rounds/round-*/failed.json"))],
     }
@@ -80,6 +87,8 @@ def _status(options: argparse.Namespace) -> int:
         f"{trainer.get('consumed_tokens', 0):,} tokens, loss {_number(facts['loss'])}, "
         f"evaluation loss {_number(facts['evaluation_loss'])}, {facts['tokens_per_second'] or 0:,.0f} tokens/s"
     )
+    if facts["skipped_samples"]:
+        print(f"           {facts['skipped_samples']} samples could not be read and were left out: {paths.skipped_samples}")
     if config.selection.enabled:
         where = f", round {server['round']}: {server['stage'].replace('_', ' ')}" if "stage" in server else ""
         age = f" ({time.time() - server['updated']:.0f} s ago)" if "updated" in server else ""
@@ -106,8 +115,11 @@ def _trace(options: argparse.Namespace) -> int:
     if not 0 <= options.start <= options.stop:
         raise UserError(f"--start {options.start} --stop {options.stop}: give 0 <= start <= stop")
     config = read_run_config(options.run)
-    pool = PoolIndex.open(config.data.pool)
-    for line in trace(pool, run_order(RunPaths(options.run), config, pool, options.stop), options.start, options.stop):
+    configure_storage(config.data.storage_options or {})
+    pool = PoolIndex.open(config.data.pool, remote=RemoteSettings.of(config))
+    paths = RunPaths(options.run)
+    order, skips = run_order(paths, config, pool, options.stop), set(read_skips(paths.skipped_samples))
+    for line in trace(pool, order, options.start, options.stop, skips):
         print(json.dumps(line))
     return 0
 
@@ -119,7 +131,8 @@ def run_order(paths: RunPaths, config: Config, pool: PoolIndex, stop: int) -> Sa
         number: np.ones(pool.num_samples, dtype=bool) if number == 0 else load_generation(paths.selection, number, pool).mask
         for number in {entry.generation for entry in entries}
     }
-    order = SampleOrder(pool.num_samples, config.run.seed, entries, masks)
+    packing = choose_packing(pool, config.data.packing, config.model.sequence_length)
+    order = SampleOrder(pool.num_samples, config.run.seed, entries, masks, packing, open_exclusion(config, pool).mask)
     while order.exhausted_at() < stop:
         order = order.extended(next_epoch_entry(order), masks[entries[-1].generation])
     return order

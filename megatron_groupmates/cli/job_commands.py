@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_groupmates.config import Config, UserError, parse_config, server_tensor_parallel_size
 from megatron_groupmates.parallel.launch import read_launch_environment
+from megatron_groupmates.utils.storage import configure_storage
 
 # Clustering and greedy selection of a large pool keep one rank busy while the others wait in a collective. A rank that
 # dies is noticed by the launcher, not by this timeout.
@@ -29,11 +30,13 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(options: argparse.Namespace) -> Config:
-    """The config that ``--config`` and ``--set`` describe."""
+    """The config that ``--config`` and ``--set`` describe; its storage options hold for this process from now on."""
     path = Path(options.config)
     if not path.is_file():
         raise UserError(f"--config: {path} does not exist")
-    return parse_config(path.read_text(), options.overrides, source=str(path))
+    config = parse_config(path.read_text(), options.overrides, source=str(path))
+    configure_storage(config.data.storage_options or {})
+    return config
 
 
 def add_commands(commands: Any) -> None:

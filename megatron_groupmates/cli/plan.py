@@ -8,10 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from megatron_groupmates.cli.job_commands import add_config_options, read_config
 from megatron_groupmates.config import Config, check_world_size, refresh_steps
 from megatron_groupmates.model.sizes import model_size, training_bytes_per_gpu
+from megatron_groupmates.pool.contexts import choose_packing
+from megatron_groupmates.pool.exclusion import open_exclusion
 from megatron_groupmates.pool.index import PoolIndex
+from megatron_groupmates.pool.reference import HeldOutExamples
 from megatron_groupmates.training.data import check_same_tokenizer, open_pool
 
 
@@ -74,16 +79,15 @@ def check_pools(config: Config) -> PoolIndex:
     Raises:
         UserError: a pool is missing or does not fit.
     """
-    from megatron_groupmates.pool.dataset import PoolDataset
-
     pool = open_pool(config, config.data.pool, "data.pool")
-    PoolDataset(pool, config.model.sequence_length)
+    choose_packing(pool, config.data.packing, config.model.sequence_length)
+    open_exclusion(config, pool)
     for what in ("evaluation", "reference"):
         path = getattr(config.data, what)
         if path is not None:
             other = open_pool(config, path, f"data.{what}")
             check_same_tokenizer(pool, other, f"data.{what}")
-            PoolDataset(other, config.model.sequence_length)
+            HeldOutExamples(other, config.model.sequence_length)
     return pool
 
 
@@ -99,9 +103,10 @@ def make_plan(config: Config, hardware: Hardware, pool: PoolIndex | None) -> dic
     train_flops = float(size.training_flops_per_token) * tokens
     memory = training_bytes_per_gpu(config, data_parallel)
     refreshes = len(refresh_steps(config))
-    stages = selection_flops(config, pool.num_samples if pool else None) if config.selection.enabled else {}
+    stages = selection_flops(config, pool.lengths if pool else None) if config.selection.enabled else {}
     server_speed = hardware.server_gpus * hardware.flops_per_second
     interval = config.checkpoint.save_interval
+    sequences = choose_packing(pool, config.data.packing, length).num_samples() if pool else None
     saves = len({*range(interval, training.train_iters + 1, interval), training.train_iters, *refresh_steps(config)})
     return {
         "output_dir": config.run.output_dir,
@@ -125,30 +130,39 @@ def make_plan(config: Config, hardware: Hardware, pool: PoolIndex | None) -> dic
         "selection": {name: {"flops": flops, "seconds": flops / server_speed} for name, flops in stages.items()},
         "selection_share_of_training": refreshes * sum(stages.values()) / train_flops,
         "pool": None
-        if pool is None
+        if pool is None or sequences is None
         else {
             "samples": pool.num_samples,
+            "sequences": sequences,
             "tokens": pool.num_tokens,
             "shards": pool.num_shards,
-            "epochs": training.train_iters * training.global_batch_size / pool.num_samples,
+            "epochs": training.train_iters * training.global_batch_size / sequences,
         },
     }
 
 
-def selection_flops(config: Config, num_samples: int | None) -> dict[str, float]:
-    """FLOPs of each stage of one round that ``selection.method`` has; of the whole pool where its size is known."""
+def selection_flops(config: Config, lengths: np.ndarray | None) -> dict[str, float]:
+    """FLOPs of each stage of one round that ``selection.method`` has.
+
+    Args:
+        config: the run.
+        lengths: tokens of each sample of the pool; None where it is not known: then full sequences are assumed, and nothing is
+            said of the whole pool.
+    """
     oracle, size, length = config.oracle, model_size(config), config.model.sequence_length
     sequence = float(size.forward_flops_per_token) * length
-    per_step = 3 * sequence + (oracle.reference_samples * sequence if oracle.estimator == "exact" else 0.0)
+    # A document of a pool is a sample of its own here, the first tokens of it that the model reads.
+    sample = sequence if lengths is None else float(size.forward_flops_per_token) * float(np.minimum(lengths - 1, length).mean())
+    per_step = 3 * sample + (oracle.reference_samples * sequence if oracle.estimator == "exact" else 0.0)
     stages = {}
     if config.selection.method in ("group", "individual"):
         stages = {
             "oracle_random": oracle.num_random_rollouts * oracle.rollout_length * per_step,
             "oracle_bootstrap": oracle.num_bootstrap_rollouts * oracle.rollout_length * per_step,
-            "candidates": oracle.num_candidates * sequence,
+            "candidates": oracle.num_candidates * sample,
         }
-    if num_samples is not None and config.selection.method != "random":
-        stages["embeddings"] = num_samples * sequence
+    if lengths is not None and config.selection.method != "random":
+        stages["embeddings"] = len(lengths) * sample
     return stages
 
 
@@ -168,8 +182,9 @@ def format_plan(facts: dict[str, Any]) -> str:
     pool = facts["pool"]
     if pool:
         lines.append(
-            f"pool              {pool['samples']:,} samples, {pool['tokens']:,} tokens in {pool['shards']} shards; "
-            f"the run reads {pool['epochs']:.2f} of it"
+            f"pool              {pool['samples']:,} samples, {pool['tokens']:,} tokens in {pool['shards']} shards"
+            + (f", {pool['sequences']:,} training sequences" if pool["sequences"] != pool["samples"] else "")
+            + f"; the run reads {pool['epochs']:.2f} of it"
         )
     if facts["selection"]:
         steps = facts["refresh_steps"]

@@ -14,6 +14,7 @@ def check_config(config: Config) -> None:
         UserError: naming the settings by dotted path, both values and what to change.
     """
     _check_model(config)
+    _check_storage(config)
     _check_batches(config)
     _check_schedule(config)
     if config.selection.enabled:
@@ -77,6 +78,15 @@ def ffn_hidden_size(config: Config) -> int:
     if config.model.ffn_hidden_size is not None:
         return config.model.ffn_hidden_size
     return 256 * ((8 * config.model.hidden_size // 3 + 255) // 256)
+
+
+def _check_storage(config: Config) -> None:
+    for protocol, options in (config.data.storage_options or {}).items():
+        if not isinstance(options, dict):
+            raise UserError(
+                f"data.storage_options: {protocol}: {options!r} is not a mapping of arguments; "
+                "write {protocol: {argument: value}}, such as {s3: {endpoint_url: ...}}"
+            )
 
 
 def _check_batches(config: Config) -> None:

@@ -144,6 +144,8 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         if value not in choices or isinstance(value, bool):
             raise UserError(f"{path}: {value!r} is not one of {', '.join(map(str, choices))}")
         return choices[choices.index(value)]  # 1, not 1.0
+    if origin is Mapping:
+        hint = dict
     if hint is float and not isinstance(value, bool):
         # YAML 1.1 reads 3e-4 (no dot) as a string.
         try:
@@ -154,7 +156,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         return int(value)
     elif type(value) is hint:
         return value
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}[hint]
     raise UserError(f"{path}: expected {expected}, got {value!r}")
 
 

@@ -28,6 +28,11 @@ class RunPaths:
         return self.root / "metrics.jsonl"
 
     @property
+    def skipped_samples(self) -> Path:
+        """Append-only: samples that could not be read and were left out."""
+        return self.root / "skipped.jsonl"
+
+    @property
     def training_state(self) -> Path:
         """Where the trainer stands: state, step, time and FLOPs so far."""
         return self.root / "training.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,11 +61,48 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Pools written by tools/preprocess_dclm.py or indexed by tools/index_pool.py."""
+    """Pools written by tools/preprocess_dclm.py or indexed by tools/index_pool.py; held-out sets also by tools/make_reference.py."""
 
     pool: str = setting(REQUIRED, "candidate samples", may_change=True)
-    evaluation: str | None = setting(None, "held-out pool for the evaluation loss; selection never sees it", may_change=True)
-    reference: str | None = setting(None, "held-out pool whose loss the selection minimises (D_ref)", may_change=True)
+    evaluation: str | None = setting(
+        None, "held-out pool or reference set for the evaluation loss; selection never sees it", may_change=True
+    )
+    reference: str | None = setting(None, "held-out pool or reference set whose loss the selection minimises (D_ref)", may_change=True)
+    exclude: str | None = setting(
+        None, "exclusion file of tools/check_contamination.py: samples of the pool that no generation may serve; fixed for a run"
+    )
+    packing: Literal["none", "documents"] = setting(
+        "none",
+        "none: each sample of the pool is one training sequence; documents: sequences are cut from the stream of the pool's documents",
+    )
+    reset_attention_mask: bool = setting(False, "tokens attend only to their own document; documents end at the end-of-text token")
+    reset_position_ids: bool = setting(False, "positions begin at 0 again in each document of a sequence")
+    eod_mask_loss: bool = setting(
+        False, "no loss where the input is the end-of-text token, that is on the first token of the next document"
+    )
+    on_damaged_sample: Literal["raise", "skip"] = setting(
+        "raise",
+        "a sample that cannot be read ends training, or end-of-text tokens without loss take its place, as skipped.jsonl records",
+        may_change=True,
+    )
+    max_skipped_samples: int = setting(
+        100, "skipped samples of the whole run, counted once per sequence they are part of, above which it ends", minimum=0, may_change=True
+    )
+    cache_directory: str = setting(
+        "~/.cache/megatron_groupmates", "remote pools: where this host keeps copies of indices and samples", may_change=True
+    )
+    cache_bytes: int = setting(
+        10 << 30,
+        "remote pools: disk space for samples read, which later reads then find; 0 keeps none",
+        minimum=0,
+        may_change=True,
+    )
+    storage_options: Mapping[str, Any] | None = setting(
+        None,
+        "remote pools: arguments of fsspec file systems by protocol, such as {s3: {endpoint_url: ...}}; "
+        "written into the run directory, so leave secrets to the store's own credential files",
+        may_change=True,
+    )
     num_workers: int = setting(2, "DataLoader processes per rank; 0 reads in the training process", minimum=0, may_change=True)
     prefetch_factor: int = setting(4, "micro-batches each DataLoader process reads ahead", minimum=1, may_change=True)
 

@@ -16,11 +16,15 @@ import torch.distributed as dist
 
 from megatron_groupmates import __version__
 from megatron_groupmates.config import Config, RunPaths, UserError, config_to_dict
+from megatron_groupmates.influence.oracle import ReadSamples
+from megatron_groupmates.model.batch import Samples
 from megatron_groupmates.model.sizes import ModelSize, model_size
 from megatron_groupmates.parallel import ParallelGroups
+from megatron_groupmates.pool.exclusion import Exclusion
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.order import derive_key
 from megatron_groupmates.pool.reader import PoolReader
+from megatron_groupmates.pool.reference import held_out_fingerprint
 from megatron_groupmates.server.recipe import Recipe, resolve_recipe
 from megatron_groupmates.utils.files import atomic_file, read_json, sha256_json, write_json
 
@@ -55,16 +59,17 @@ class RoundInput:
 class RoundContext:
     """One round's directory, data and bookkeeping. Methods marked collective are called by every rank."""
 
-    def __init__(self, config: Config, groups: ParallelGroups, pool: PoolIndex, given: RoundInput) -> None:
+    def __init__(self, config: Config, groups: ParallelGroups, pool: PoolIndex, given: RoundInput, exclusion: Exclusion) -> None:
         self.config = config
         self.groups = groups
         self.pool = pool
         self.input = given
+        self.exclusion = exclusion
         self.recipe: Recipe = resolve_recipe(config)
         self.paths = RunPaths(Path(config.run.output_dir))
         self.directory = self.paths.round(given.number)
         self.size: ModelSize = model_size(config)
-        self.read_samples = sample_reader(pool, groups.device)
+        self.read_samples = sample_reader(pool, groups.device, config.model.sequence_length)
 
     def seed(self, purpose: str) -> int:
         """A seed of its own for each purpose in each round."""
@@ -78,7 +83,8 @@ class RoundContext:
             "step": self.input.step,
             "consumed_train_samples": self.input.consumed_train_samples,
             "pool_fingerprint": self.pool.fingerprint,
-            "reference_fingerprint": reference_pool.fingerprint,
+            "reference_fingerprint": held_out_fingerprint(reference_pool),
+            **self.exclusion.provenance,
             "code_version": __version__,
             "settings": sha256_json(
                 {section: config_to_dict(self.config)[section] for section in ("model", "optimizer", "selection", "oracle", "relational")}
@@ -161,10 +167,21 @@ class RoundContext:
         return {path.name.removesuffix(".stage.json"): read_json(path) for path in sorted(self.directory.glob("*.stage.json"))}
 
 
-def sample_reader(pool: PoolIndex, device: torch.device) -> Callable[[np.ndarray], torch.Tensor]:
-    """A function from pool rows int64 ``[n]`` to their tokens int64 ``[n, s + 1]`` on ``device``."""
-    reader = PoolReader(pool)
-    return lambda rows: torch.from_numpy(np.stack(reader.read_many(rows))).to(device)
+def sample_reader(pool: PoolIndex, device: torch.device, sequence_length: int) -> ReadSamples:
+    """A function from pool rows int64 ``[n]`` to their tokens on ``device``, of longer documents the first that the model reads."""
+    reader, limit = PoolReader(pool), sequence_length + 1
+
+    def read(rows: np.ndarray) -> Samples:
+        if (pool.lengths[rows] == limit).all():
+            return torch.from_numpy(reader.read_batch(rows)).to(device)
+        return [torch.from_numpy(tokens[:limit]).to(device) for tokens in reader.read_many(rows)]
+
+    return read
+
+
+def num_inputs(context: RoundContext, pool: PoolIndex, rows: np.ndarray) -> int:
+    """Tokens that the model reads when each of the ``rows`` is a sample of its own."""
+    return int(np.minimum(pool.lengths[rows] - 1, context.config.model.sequence_length).sum(dtype=np.int64))
 
 
 def write_server_state(context: RoundContext, stage: str) -> None:

@@ -17,10 +17,11 @@ from megatron_groupmates.influence.oracle import draw_random_rollouts
 from megatron_groupmates.influence.probe import Probe
 from megatron_groupmates.influence.reference import load_reference
 from megatron_groupmates.influence.relational import RelationalModel
+from megatron_groupmates.model.batch import DocumentRules
 from megatron_groupmates.model.gpt import build_gpt
 from megatron_groupmates.parallel import resolve_precision
 from megatron_groupmates.pool.generation import generation_path, load_generation, publish, write_generation
-from megatron_groupmates.pool.index import PoolIndex
+from megatron_groupmates.pool.index import TOKENIZER_FILE, PoolIndex
 from megatron_groupmates.server.context import RoundContext
 from megatron_groupmates.server.selecting import select_generation
 from megatron_groupmates.server.stages import (
@@ -42,7 +43,7 @@ def run_round(context: RoundContext, reference_pool: PoolIndex, consumed: np.nda
     Args:
         context: the round.
         reference_pool: D_ref.
-        consumed: bool ``[num_samples]``, rows that training had consumed at the checkpoint.
+        consumed: bool ``[num_samples]``, rows that training had consumed at the checkpoint or may never consume.
 
     Returns:
         Number of the generation now published.
@@ -112,7 +113,8 @@ def load_probe(context: RoundContext, reference_pool: PoolIndex) -> tuple[Probe,
     def load() -> tuple[Probe, Encoder]:
         model = build_gpt(config, groups, server_tensor_parallel_size(config), resolve_precision(config.training.precision))
         reference = load_reference(reference_pool, config.model.sequence_length, config.oracle.reference_samples, groups.device)
-        probe = Probe(model, config, groups, reference, config.oracle.reference_batch_size)
+        rules = DocumentRules.of(config, context.pool.eot_id)
+        probe = Probe(model, config, groups, reference, config.oracle.reference_batch_size, rules)
         probe.load(ZeroCheckpoint(context.input.tag_dir))
         return probe, build_encoder(config, model, context.pool, groups.device)
 
@@ -123,7 +125,7 @@ def load_probe(context: RoundContext, reference_pool: PoolIndex) -> tuple[Probe,
 def build_encoder(config: Config, model: Any, pool: PoolIndex, device: Any) -> Encoder:
     """The encoder that ``relational.encoder`` names."""
     if config.relational.encoder == "probe":
-        return ProbeEncoder(model, config.model.hidden_size)
+        return ProbeEncoder(model, config.model.hidden_size, DocumentRules.of(config, pool.eot_id))
     return HuggingFaceEncoder(config.relational.encoder, pool_detokeniser(pool), config.relational.encoder_max_tokens, device)
 
 
@@ -131,7 +133,7 @@ def pool_detokeniser(pool: PoolIndex) -> Callable[[list[int]], str]:
     """Token ids -> text by the tokenizer that lies beside the pool."""
     from tokenizers import Tokenizer
 
-    path = Path(pool.directory) / "tokenizer.json"
+    path = Path(pool.file_path(TOKENIZER_FILE))
     if not path.is_file():
         raise UserError(f"relational.encoder: {pool.directory} has no tokenizer.json to turn tokens back into text; copy the pool's there")
     tokenizer = Tokenizer.from_file(str(path))
@@ -156,6 +158,7 @@ def _finish(
             "checkpoint_step": context.input.step,
             "consumed_train_samples": context.input.consumed_train_samples,
             "pool_fingerprint": context.pool.fingerprint,
+            **context.exclusion.provenance,
             "seed": context.config.run.seed,
             "code_version": __version__,
             "config": config_to_dict(context.config),

@@ -18,7 +18,7 @@ from megatron_groupmates.influence.oracle import measure_rollouts
 from megatron_groupmates.influence.probe import Probe
 from megatron_groupmates.influence.relational import RelationalModel
 from megatron_groupmates.pool.index import PoolIndex
-from megatron_groupmates.server.context import Arrays, RoundContext, sample_reader
+from megatron_groupmates.server.context import Arrays, RoundContext, num_inputs, sample_reader
 from megatron_groupmates.utils.files import atomic_file, read_json, write_json
 from megatron_groupmates.utils.progress import progress_bar
 
@@ -26,7 +26,8 @@ _EMBED_CHUNK_ROWS = 8192
 
 
 def choose_candidates(context: RoundContext, available: np.ndarray) -> np.ndarray:
-    """Pool rows int64 ``[num_candidates]`` the rollouts are drawn from: uniform among the ``available`` rows."""
+    """Pool rows int64 ``[num_candidates]`` the rollouts are drawn from: uniform among the ``available`` rows that have a target."""
+    available = available[context.pool.lengths[available] > 1]
     generator = np.random.default_rng(context.seed("candidates"))
     count = min(context.config.oracle.num_candidates, len(available))
     return np.sort(generator.choice(available, size=count, replace=False))
@@ -46,7 +47,7 @@ def measure_oracles(context: RoundContext, name: str, probe: Probe, candidates: 
     """
     oracle = context.config.oracle
     reference_tokens = oracle.reference_samples * context.config.model.sequence_length
-    step_flops = 3 * context.size.forward_flops_per_token * context.config.model.sequence_length
+    step_flops = 3 * context.size.forward_flops_per_token * num_inputs(context, context.pool, candidates) / len(candidates)
     if oracle.estimator == "exact":
         step_flops += context.size.forward_flops_per_token * reference_tokens
 
@@ -70,14 +71,15 @@ def measure_oracles(context: RoundContext, name: str, probe: Probe, candidates: 
 
 def encode(context: RoundContext, encoder: Encoder, pool: PoolIndex, rows: np.ndarray, name: str) -> np.ndarray:
     """Features float32 ``[n, F]`` of ``rows`` of ``pool`` (the run's or a held-out one), encoded by all workers."""
-    read_samples = sample_reader(pool, context.groups.device)
+    read_samples = sample_reader(pool, context.groups.device, context.config.model.sequence_length)
+    batch_size = context.config.server.embed_batch_size
 
     def encode_chunk(first: int, done: Callable[[int], object]) -> Arrays:
         part = rows[first : first + _EMBED_CHUNK_ROWS]
-        return {"features": encode_rows(encoder, part, read_samples, context.config.server.embed_batch_size, done)}
+        return {"features": encode_rows(encoder, part, pool.lengths[part], read_samples, batch_size, done)}
 
     chunks = Chunks(context, name, len(rows), _EMBED_CHUNK_ROWS)
-    context.stage(name, chunks.collect, lambda: chunks.work(encode_chunk, "sample"), flops=_encoding_flops(context, len(rows)))
+    context.stage(name, chunks.collect, lambda: chunks.work(encode_chunk, "sample"), flops=_encoding_flops(context, pool, rows))
     return context.arrays(name)["features"]
 
 
@@ -140,14 +142,15 @@ def embed_pool(context: RoundContext, encoder: Encoder, model: RelationalModel |
 
     def embed(first: int, done: Callable[[int], object]) -> Arrays:
         part = rows[first : first + _EMBED_CHUNK_ROWS]
-        features = encode_rows(encoder, part, context.read_samples, context.config.server.embed_batch_size, done)
+        lengths, batch_size = context.pool.lengths[part], context.config.server.embed_batch_size
+        features = encode_rows(encoder, part, lengths, context.read_samples, batch_size, done)
         if model is None:
             return {"embeddings": features, "individual": np.zeros(len(part))}
         h, s = embed_features(model, features)
         return {"embeddings": h.astype(np.float16), "individual": s}
 
     chunks = Chunks(context, "embeddings", len(rows), _EMBED_CHUNK_ROWS)
-    context.stage("embeddings", chunks.collect, lambda: chunks.work(embed, "sample"), flops=_encoding_flops(context, len(rows)))
+    context.stage("embeddings", chunks.collect, lambda: chunks.work(embed, "sample"), flops=_encoding_flops(context, context.pool, rows))
 
 
 def last_good_model(context: RoundContext) -> tuple[RelationalModel, Path] | None:
@@ -159,8 +162,8 @@ def last_good_model(context: RoundContext) -> tuple[RelationalModel, Path] | Non
     return None
 
 
-def _encoding_flops(context: RoundContext, num_samples: int) -> float:
-    return float(num_samples * context.config.model.sequence_length * context.size.forward_flops_per_token)
+def _encoding_flops(context: RoundContext, pool: PoolIndex, rows: np.ndarray) -> float:
+    return float(num_inputs(context, pool, rows) * context.size.forward_flops_per_token)
 
 
 class Chunks:

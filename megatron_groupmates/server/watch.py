@@ -12,6 +12,8 @@ from megatron_groupmates.checkpoint.discovery import check_complete, latest_tag,
 from megatron_groupmates.checkpoint.zero import ZeroCheckpoint
 from megatron_groupmates.config import Config, RunPaths, UserError, refresh_number, refresh_steps
 from megatron_groupmates.parallel import ParallelGroups
+from megatron_groupmates.pool.contexts import choose_packing
+from megatron_groupmates.pool.exclusion import Exclusion, open_exclusion
 from megatron_groupmates.pool.generation import load_generation, read_pointer, read_provenance
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.log import LogEntry, read_log
@@ -42,6 +44,7 @@ def serve(config: Config, groups: ParallelGroups, once: bool) -> bool:
     """
     paths = RunPaths(Path(config.run.output_dir))
     pool = open_pool(config, config.data.pool, "data.pool")
+    exclusion = open_exclusion(config, pool)
     reference = pool
     if config.data.reference is not None:
         reference = open_pool(config, config.data.reference, "data.reference")
@@ -56,7 +59,7 @@ def serve(config: Config, groups: ParallelGroups, once: bool) -> bool:
         if number is None:
             logger.info("the selection for %s is already published; nothing to do", tag_dir.name)
             break
-        succeeded = _try_round(config, groups, paths, pool, reference, number, tag_dir)
+        succeeded = _try_round(config, groups, paths, pool, exclusion, reference, number, tag_dir)
         if once:
             break
     record_server_state(paths, groups, "finished" if succeeded else "failed")
@@ -68,6 +71,7 @@ def _try_round(
     groups: ParallelGroups,
     paths: RunPaths,
     pool: PoolIndex,
+    exclusion: Exclusion,
     reference: PoolIndex,
     number: int,
     tag_dir: Path,
@@ -82,9 +86,9 @@ def _try_round(
             step=int(checkpoint.client_state["step"]),
             consumed_train_samples=consumed_samples,
         )
-        context = RoundContext(config, groups, pool, given)
+        context = RoundContext(config, groups, pool, given, exclusion)
         paths.round_failure(number).unlink(missing_ok=True)
-        run_round(context, reference, _consumed_rows(config, pool, consumed_samples))
+        run_round(context, reference, _consumed_rows(config, pool, exclusion, consumed_samples))
     except UserError as error:
         # Raised alike on every rank; anything else ends the job and is a matter for a restart.
         logger.error("round %d failed, the old generation stays live: %s", number, error)
@@ -95,15 +99,22 @@ def _try_round(
     return True
 
 
-def _consumed_rows(config: Config, pool: PoolIndex, consumed_train_samples: int) -> np.ndarray:
-    """bool ``[num_samples]``: what training had consumed at the checkpoint, by the generation log; a new epoch forgets."""
+def _consumed_rows(config: Config, pool: PoolIndex, exclusion: Exclusion, consumed_train_samples: int) -> np.ndarray:
+    """bool ``[num_samples]``: what training had consumed at the checkpoint, by the generation log, or may never consume.
+
+    A new epoch forgets the former.
+    """
     paths = generation_log_source(config)
     entries = read_log(paths.generation_log) or (LogEntry(generation=0, effective_sample=0, epoch=0, digest=""),)
     entries = tuple(entry for entry in entries if entry.effective_sample < max(1, consumed_train_samples))
     masks = {0: np.ones(pool.num_samples, dtype=bool)}
     masks |= {number: load_generation(paths.selection, number, pool).mask for number in {entry.generation for entry in entries} - {0}}
-    consumed = SampleOrder(pool.num_samples, config.run.seed, entries, masks).consumed(consumed_train_samples)
-    return np.zeros_like(consumed) if consumed.all() else consumed
+    packing = choose_packing(pool, config.data.packing, config.model.sequence_length)
+    order = SampleOrder(pool.num_samples, config.run.seed, entries, masks, packing, exclusion.mask)
+    consumed = order.consumed(consumed_train_samples)
+    if not consumed.all():
+        return consumed
+    return np.zeros_like(consumed) if exclusion.mask is None else exclusion.mask
 
 
 def _round_number(config: Config, paths: RunPaths, step: int) -> int | None:

@@ -59,9 +59,21 @@ def write_json(path: Path | str, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The JSON value of ``text``.
+
+    Raises:
+        ValueError: it has none, or is nested deeper than the parser can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"not JSON: {error}") from error
+
+
 def read_json(path: Path | str) -> Any:
-    """The JSON value in ``path``."""
-    return json.loads(Path(path).read_text())
+    """The JSON value in ``path``; errors as :func:`parse_json`."""
+    return parse_json(Path(path).read_text())
 
 
 @contextlib.contextmanager
@@ -112,11 +124,11 @@ def append_line(path: Path | str, line: str) -> None:
 
 
 def read_lines(path: Path | str) -> list[dict[str, Any]]:
-    """The JSON objects of a ``.jsonl`` file; a torn last line (no final newline) is left out."""
+    """The JSON objects of a ``.jsonl`` file; a torn last line (no final newline) is left out. Errors as :func:`parse_json`."""
     path = Path(path)
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+    return [parse_json(line) for line in path.read_text().split("\n")[:-1] if line]
 
 
 def sha256_bytes(*parts: bytes | memoryview) -> str:

@@ -172,6 +172,7 @@ def test_status_as_json(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> No
         "tokens_per_second": 1234.4,
         "published_generation": 1,
         "adoptions": [{"generation": 0, "effective_sample": 0, "epoch": 0}, {"generation": 1, "effective_sample": 6, "epoch": 0}],
+        "skipped_samples": 0,
         "planned_refreshes": [5, 10, 15],
         "failures": [{"checkpoint_tag": "global_step15", "reason": "every fit was refused"}],
     }
@@ -227,3 +228,17 @@ def test_report_goes_to_the_first_run_unless_told(
     assert main(["report", *map(str, runs), *(["--output", str(where)] if output else [])]) == 0
     assert seen == [(runs, where)]
     assert capsys.readouterr().out == f"wrote {where / 'report.html'} and {where / 'summary.json'}\n"
+
+
+def test_what_was_left_out_is_told_and_traced(run: RunPaths, pool: PoolIndex, capsys: pytest.CaptureFixture[str]) -> None:
+    before = traced(capsys, run.root, 0, 3)
+    shard, row, *_ = before[1]["sources"][0]
+    run.skipped_samples.write_text(json.dumps({"sample": 1, "shard": shard, "row": row, "error": "because"}) + "\n")
+    after = traced(capsys, run.root, 0, 3)
+    assert [line.get("skipped") for line in after] == [None, True, None] and after[0::2] == before[0::2]
+    blank = hashlib.sha256(np.full(9, pool.eot_id, dtype="<u4").tobytes()).hexdigest()
+    assert after[1] == {**before[1], "skipped": True, "tokens_sha256": blank}
+    assert main(["status", str(run.root)]) == 0
+    assert "1 samples could not be read and were left out" in capsys.readouterr().out
+    assert main(["status", str(run.root), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["skipped_samples"] == 1

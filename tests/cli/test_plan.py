@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_groupmates.cli.main import main
@@ -17,7 +18,7 @@ from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.tokenizer import PoolTokenizer
 from tests.common.configs import tiny_config
 from tests.pool import helpers
-from tests.pool.helpers import make_pool
+from tests.pool.helpers import change_facts, make_pool
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "dclm"
 # DCLM, as the paper used it: parameters and training tokens.
@@ -64,6 +65,14 @@ def test_the_examples_have_the_published_sizes(name: str, capsys: pytest.Capture
     assert len(facts["refresh_steps"]) >= 3 and 0 < facts["selection_share_of_training"] < 1
 
 
+def test_packed_documents_are_counted_as_sequences(run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    packed = [*run, "--set", "data.packing=documents", "--set", "selection.enabled=false", "--set", "model.sequence_length=11"]
+    facts = run_plan(capsys, *packed, "--set", "data.reference=null", "--set", "data.evaluation=null")
+    assert facts["pool"] == {"samples": 16, "sequences": 12, "tokens": 144, "shards": 3, "epochs": 80 / 12}
+    assert main(["plan", *packed, "--set", "data.reference=null", "--set", "data.evaluation=null"]) == 0
+    assert "16 samples, 144 tokens in 3 shards, 12 training sequences; the run reads 6.67 of it" in capsys.readouterr().out
+
+
 def test_costs_add_up(run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     facts = run_plan(capsys, *run, "--gpus", "2", "--server-gpus", "4", "--tflops", "0.5", "--set", "checkpoint.save_interval=4")
     assert (facts["samples"], facts["tokens"]) == (80, 640)
@@ -74,7 +83,7 @@ def test_costs_add_up(run: list[str], capsys: pytest.CaptureFixture[str]) -> Non
     assert facts["checkpoints"] == len({4, 8, 12, 16, 20} | {5, 10, 15})
     assert facts["disk_bytes"] == facts["checkpoints"] * facts["checkpoint_bytes"] == 8 * 14 * facts["parameters"]
     assert facts["memory_per_gpu"]["total"] == sum(value for name, value in facts["memory_per_gpu"].items() if name != "total")
-    assert facts["pool"] == {"samples": 16, "tokens": 144, "shards": 3, "epochs": 5.0}
+    assert facts["pool"] == {"samples": 16, "sequences": 16, "tokens": 144, "shards": 3, "epochs": 5.0}
     stages = facts["selection"]
     assert set(stages) == {"oracle_random", "oracle_bootstrap", "candidates", "embeddings"}
     assert all(stage["seconds"] == pytest.approx(stage["flops"] / (4 * 0.5e12)) for stage in stages.values())
@@ -94,7 +103,8 @@ def test_a_save_at_the_last_step_is_counted_once(tmp_path: Path) -> None:
 def test_each_method_costs_what_it_does() -> None:
     sequence = float(model_size(tiny_config()).forward_flops_per_token) * 8
     oracle = {"num_random_rollouts": 7, "num_bootstrap_rollouts": 3, "rollout_length": 4, "reference_samples": 5, "num_candidates": 16}
-    exact = selection_flops(tiny_config(oracle=oracle), 100)
+    lengths = np.full(100, 9)
+    exact = selection_flops(tiny_config(oracle=oracle), lengths)
     assert exact == pytest.approx(
         {
             "oracle_random": 7 * 4 * 8 * sequence,
@@ -103,13 +113,16 @@ def test_each_method_costs_what_it_does() -> None:
             "embeddings": 100 * sequence,
         }
     )
+    short = selection_flops(tiny_config(oracle=oracle), np.tile([5, 9 + 100], 50))
+    assert short["embeddings"] == 100 * sequence * 6 / 8, "documents of 4 and of 8 inputs, all that the model reads of a longer one"
+    assert short["oracle_random"] == pytest.approx(7 * 4 * (3 * 6 / 8 + 5) * sequence)
     cheap = selection_flops(tiny_config(oracle={**oracle, "estimator": "first_order"}), None)
     assert cheap == pytest.approx(
         {"oracle_random": 7 * 4 * 3 * sequence, "oracle_bootstrap": 3 * 4 * 3 * sequence, "candidates": 16 * sequence}
     )
-    assert selection_flops(tiny_config(selection={"method": "individual"}, oracle=oracle), 100) == exact
-    assert set(selection_flops(tiny_config(selection={"method": "similarity"}), 100)) == {"embeddings"}
-    assert selection_flops(tiny_config(selection={"method": "random"}), 100) == {}
+    assert selection_flops(tiny_config(selection={"method": "individual"}, oracle=oracle), lengths) == exact
+    assert set(selection_flops(tiny_config(selection={"method": "similarity"}), lengths)) == {"embeddings"}
+    assert selection_flops(tiny_config(selection={"method": "random"}), lengths) == {}
 
 
 def test_the_table_says_it_for_people(run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,9 +165,7 @@ def test_a_directory_that_is_no_pool(run: list[str], tmp_path: Path, capsys: pyt
 
 
 def test_an_empty_pool(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    facts = json.loads((tmp_path / "reference" / "pool.json").read_text())
-    facts["num_samples"] = 0
-    (tmp_path / "reference" / "pool.json").write_text(json.dumps(facts))
+    change_facts(tmp_path / "reference", num_samples=0)
     assert refused(capsys, *run) == f"error: data.reference: pool {tmp_path / 'reference'} is empty: it has no sample\n"
 
 

@@ -22,7 +22,9 @@ def parse(*overrides: str, **sections: dict[str, Any]) -> Config:
     [
         ({"optimizer": {"learning_rat": 1.0}}, "optimizer.learning_rat: unknown setting; did you mean optimizer.learning_rate?"),
         ({"optimiser": {"beta1": 0.9}}, "optimiser: unknown setting; did you mean optimizer?"),
-        ({"data": {"zzz": 1}}, "data.zzz: unknown setting; valid keys: pool, evaluation, reference, num_workers, prefetch_factor"),
+        ({"data": {"zzz": 1}}, "data.zzz: unknown setting; valid keys: pool, evaluation, reference, "),
+        ({"data": {"storage_options": 3}}, "data.storage_options: expected a mapping, got 3"),
+        ({"data": {"storage_options": {"s3": "x"}}}, "data.storage_options: s3: 'x' is not a mapping of arguments; write "),
         ({"model": {7: 1}}, "model.7: unknown setting; valid keys: num_layers, "),
         ({"model": {"num_layers": "two"}}, "model.num_layers: expected a whole number, got 'two'"),
         ({"model": {"num_layers": 2.5}}, "model.num_layers: expected a whole number, got 2.5"),

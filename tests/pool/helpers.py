@@ -14,9 +14,10 @@ import numpy as np
 import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_groupmates.pool.index import TOKENIZER_FILE, PoolFacts, PoolIndex, write_index, write_manifest
+from megatron_groupmates.pool.index import POOL_FILE, TOKENIZER_FILE, PoolFacts, PoolIndex, description_digest, write_index, write_manifest
 from megatron_groupmates.pool.tokenizer import PoolTokenizer
 from megatron_groupmates.pool.writer import write_shard
+from megatron_groupmates.utils.files import sha256_bytes
 
 WORDS = "the cat sat on a mat and looked at every other cat in town while rain fell on roofs of old houses".split()
 
@@ -102,3 +103,20 @@ def make_pool(
     write_manifest(directory, shards)
     write_index(directory, facts, shards, (np.arange(first) % 3 - 1).astype(np.int16))
     return PoolIndex.open(directory)
+
+
+def make_reference_set(directory: Path, samples: Sequence[np.ndarray], scored: Sequence[np.ndarray], vocab_size: int = 300) -> PoolIndex:
+    """A reference set of these samples and scored tokens (bool or 0 and 1), written and opened again."""
+    from megatron_groupmates.pool.reference import SCORED_DIGEST, SCORED_FILE, pack_scored
+
+    make_pool(directory, (len(samples),), samples=samples, vocab_size=vocab_size)
+    content = pack_scored([np.asarray(mask, dtype=bool) for mask in scored])
+    (directory / SCORED_FILE).write_bytes(content)
+    change_facts(directory, made_by={SCORED_DIGEST: sha256_bytes(content)})
+    return PoolIndex.open(directory)
+
+
+def change_facts(directory: Path, **changes: Any) -> None:
+    """Change ``pool.json`` so that its digest holds."""
+    facts = {**json.loads((directory / POOL_FILE).read_text()), **changes}
+    (directory / POOL_FILE).write_text(json.dumps({**facts, "digest": description_digest(facts)}))

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from megatron_groupmates.config import Config, RunPaths, UserError
+from megatron_groupmates.pool.exclusion import Exclusion
 from megatron_groupmates.pool.generation import load_generation, publish, read_pointer, read_provenance, write_generation
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.log import LogEntry, append_entry
 from megatron_groupmates.server import watch
 from megatron_groupmates.utils.files import read_json, sha256_file
 from tests.common.gpt_runs import BATCH, REFRESHES, make_pools, rows_of_samples, tiny_config
-from tests.pool.helpers import make_pool
+from tests.pool.helpers import change_facts, make_pool
 
 FIRST, SECOND = REFRESHES
 # A round by the random method needs no model: what is tested here is the loop around it.
@@ -188,23 +189,31 @@ class TestConsumedRows:
         publish_other(config, 1)
         generation = load_generation(paths(config).selection, 1, pool)
         append_entry(paths(config).generation_log, LogEntry(generation=1, effective_sample=8, epoch=0, digest=generation.digest))
-        consumed = watch._consumed_rows(config, pool, 20)
+        consumed = watch._consumed_rows(config, pool, Exclusion(), 20)
         first = rows_of_samples(trained, 0, 8)
         assert consumed.sum() == 20 and consumed[first].all()
         rest = np.setdiff1d(np.flatnonzero(consumed), first)
         assert len(rest) == 12 and generation.mask[rest].all()
         # An entry that takes effect behind the checkpoint changes nothing.
-        assert np.array_equal(np.flatnonzero(watch._consumed_rows(config, pool, 8)), np.sort(first))
+        assert np.array_equal(np.flatnonzero(watch._consumed_rows(config, pool, Exclusion(), 8)), np.sort(first))
 
     def test_are_forgotten_when_all_are_consumed(self, trained, tmp_path):
         config = trained.copy(tmp_path, FIRST)
         pool = PoolIndex.open(config.data.pool)
-        assert watch._consumed_rows(config, pool, pool.num_samples - 1).sum() == pool.num_samples - 1
-        assert not watch._consumed_rows(config, pool, pool.num_samples).any()
+        assert watch._consumed_rows(config, pool, Exclusion(), pool.num_samples - 1).sum() == pool.num_samples - 1
+        assert not watch._consumed_rows(config, pool, Exclusion(), pool.num_samples).any()
+
+    def test_excluded_rows_are_among_them_also_when_the_others_are_forgotten(self, trained, tmp_path):
+        config = trained.copy(tmp_path, FIRST)
+        pool = PoolIndex.open(config.data.pool)
+        exclusion = Exclusion(np.arange(pool.num_samples) % 3 == 0, 48, "digest")
+        some = watch._consumed_rows(config, pool, exclusion, 8)
+        assert some.sum() == 48 + 8 and some[exclusion.mask].all()
+        assert np.array_equal(watch._consumed_rows(config, pool, exclusion, pool.num_samples - 48), exclusion.mask)
 
     def test_are_none_at_the_start(self, trained, tmp_path):
         config = trained.copy(tmp_path, FIRST)
-        assert not watch._consumed_rows(config, PoolIndex.open(config.data.pool), 0).any()
+        assert not watch._consumed_rows(config, PoolIndex.open(config.data.pool), Exclusion(), 0).any()
 
 
 class TestPools:
@@ -217,8 +226,6 @@ class TestPools:
         path = tmp_path / "other"
         make_pool(path, (4,), length=17, vocab_size=256)
         (path / "tokenizer.json").write_bytes((path / "tokenizer.json").read_bytes() + b"\n")
-        facts = read_json(path / "pool.json")
-        facts["tokenizer"]["fingerprint"] = sha256_file(path / "tokenizer.json")
-        (path / "pool.json").write_text(json.dumps(facts))
+        change_facts(path, tokenizer={"name": "tiny", "fingerprint": sha256_file(path / "tokenizer.json")})
         with pytest.raises(UserError, match=r"data\.reference: \S+ was tokenised with .*; preprocess both with the same tokenizer"):
             watch.serve(tiny_config(tmp_path, data__reference=str(path)), groups, once=True)
