@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_groupmates.config.errors import UserError
-from megatron_groupmates.pool.contamination_check import EXCLUDE_FILE, check_contamination
+from megatron_groupmates.pool.references.contamination_check import EXCLUDE_FILE, check_contamination
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -30,8 +30,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_groupmates.config.errors import UserError
-from megatron_groupmates.pool.existing import IndexReport, index_existing
-from megatron_groupmates.pool.shard_lists import enumerate_names
+from megatron_groupmates.pool.formats.existing import IndexReport, index_existing
+from megatron_groupmates.pool.formats.shard_lists import enumerate_names
 from megatron_groupmates.pool.tokenizer import PoolTokenizer
 from megatron_groupmates.utils.storage import configure_storage
 

@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_groupmates.config.errors import UserError
 from megatron_groupmates.pool.index import PoolIndex
-from megatron_groupmates.pool.reference_build import PARTS, ReferenceOptions, build_reference
-from megatron_groupmates.pool.reference_encode import ChatTemplate
-from megatron_groupmates.pool.reference_records import ExampleFields
+from megatron_groupmates.pool.references.build import PARTS, ReferenceOptions, build_reference
+from megatron_groupmates.pool.references.encode import ChatTemplate
+from megatron_groupmates.pool.references.records import ExampleFields
 from megatron_groupmates.pool.tokenizer import PoolTokenizer
 
 

@@ -49,9 +49,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_groupmates.config.errors import UserError
 from megatron_groupmates.parallel.launch import LaunchEnvironment, read_launch_environment
-from megatron_groupmates.pool.build import build_pool
 from megatron_groupmates.pool.index import MEMBER_FORMATS
-from megatron_groupmates.pool.options import BuildOptions
+from megatron_groupmates.pool.preprocess.build import build_pool
+from megatron_groupmates.pool.preprocess.options import BuildOptions
 from megatron_groupmates.pool.tokenizer import PoolTokenizer
 from megatron_groupmates.utils.storage import configure_storage
 

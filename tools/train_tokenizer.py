@@ -21,7 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_groupmates.config.errors import UserError
-from megatron_groupmates.pool.records import Document, DocumentFile, InputFile, find_inputs
+from megatron_groupmates.pool.preprocess.records import Document, DocumentFile, InputFile, find_inputs
 from megatron_groupmates.utils.files import atomic_directory, write_json
 from megatron_groupmates.utils.progress import progress_bar
 

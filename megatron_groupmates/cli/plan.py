@@ -16,7 +16,7 @@ from megatron_groupmates.model.sizes import model_size, training_bytes_per_gpu
 from megatron_groupmates.pool.contexts import choose_packing
 from megatron_groupmates.pool.exclusion import open_exclusion
 from megatron_groupmates.pool.index import PoolIndex
-from megatron_groupmates.pool.reference import HeldOutExamples
+from megatron_groupmates.pool.references.examples import HeldOutExamples
 from megatron_groupmates.training.data import check_same_tokenizer, open_pool
 
 

@@ -8,7 +8,7 @@ import torch
 
 from megatron_groupmates.model.losses import IGNORED_LABEL
 from megatron_groupmates.pool.index import PoolIndex
-from megatron_groupmates.pool.reference import HeldOutExamples
+from megatron_groupmates.pool.references.examples import HeldOutExamples
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import numpy as np
 
 from megatron_groupmates.config.errors import UserError
 from megatron_groupmates.pool.index import PoolIndex
+from megatron_groupmates.pool.preprocess.records import domain_of
 from megatron_groupmates.pool.reader import PoolReader
-from megatron_groupmates.pool.records import domain_of
 from megatron_groupmates.pool.sources import read_sources
 from megatron_groupmates.pool.tokenizer import PoolTokenizer
 from megatron_groupmates.pool.workers import run_tasks

@@ -11,7 +11,7 @@ import zstandard
 
 from megatron_groupmates.config.errors import UserError
 from megatron_groupmates.pool.index import PoolIndex
-from megatron_groupmates.pool.rawlines import DamagedFileError, StoredBytes, decompressed, split_lines
+from megatron_groupmates.pool.preprocess.rawlines import DamagedFileError, StoredBytes, decompressed, split_lines
 from megatron_groupmates.utils.files import atomic_file, parse_json
 from megatron_groupmates.utils.storage import file_size, join
 

@@ -13,8 +13,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megatron_groupmates.config.errors import UserError
-from megatron_groupmates.pool import bpe
-from megatron_groupmates.pool.bpe_checks import UnprovenError
+from megatron_groupmates.pool.bpe import engine as bpe
+from megatron_groupmates.pool.bpe.checks import UnprovenError
 from megatron_groupmates.pool.index import TOKENIZER_FILE, PoolIndex
 from megatron_groupmates.pool.writer import token_dtype
 from megatron_groupmates.utils.files import sha256_bytes
@@ -31,7 +31,7 @@ class PoolTokenizer:
     and never becomes the control token. No special tokens are added around a text, and no text is cut.
 
     Ids are those of Hugging Face's tokenizer, for every text. They are made by tiktoken, several times as fast, where
-    :mod:`megatron_groupmates.pool.bpe` proves that its ids are the same.
+    :mod:`megatron_groupmates.pool.bpe.engine` proves that its ids are the same.
 
     Args:
         content: of a ``tokenizer.json``.

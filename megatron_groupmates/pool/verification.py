@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_groupmates.pool.archive import HashingFile, walk_tar
+from megatron_groupmates.pool.formats.archive import HashingFile, walk_tar
 from megatron_groupmates.pool.index import INDEX_FILE, POOL_FILE, TOKENIZER_FILE, PoolIndex
 from megatron_groupmates.pool.inspection import each_shard
 from megatron_groupmates.pool.members import decode_members

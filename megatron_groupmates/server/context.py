@@ -24,7 +24,7 @@ from megatron_groupmates.pool.exclusion import Exclusion
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.order import derive_key
 from megatron_groupmates.pool.reader import PoolReader
-from megatron_groupmates.pool.reference import held_out_fingerprint
+from megatron_groupmates.pool.references.examples import held_out_fingerprint
 from megatron_groupmates.server.recipe import Recipe, resolve_recipe
 from megatron_groupmates.utils.files import atomic_file, read_json, sha256_json, write_json
 

@@ -107,7 +107,7 @@ def make_pool(
 
 def make_reference_set(directory: Path, samples: Sequence[np.ndarray], scored: Sequence[np.ndarray], vocab_size: int = 300) -> PoolIndex:
     """A reference set of these samples and scored tokens (bool or 0 and 1), written and opened again."""
-    from megatron_groupmates.pool.reference import SCORED_DIGEST, SCORED_FILE, pack_scored
+    from megatron_groupmates.pool.references.examples import SCORED_DIGEST, SCORED_FILE, pack_scored
 
     make_pool(directory, (len(samples),), samples=samples, vocab_size=vocab_size)
     content = pack_scored([np.asarray(mask, dtype=bool) for mask in scored])

@@ -29,12 +29,12 @@ import pytest
 from megatron_groupmates.config.errors import UserError
 from megatron_groupmates.pool import reader as reader_module
 from megatron_groupmates.pool.exclusion import load_exclusion, write_exclusion
-from megatron_groupmates.pool.existing import index_existing
+from megatron_groupmates.pool.formats.existing import index_existing
 from megatron_groupmates.pool.generation import load_generation, publish, read_pointer, write_generation
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.log import LogEntry, append_entry, read_log
+from megatron_groupmates.pool.preprocess.records import Document, DocumentFile, Reject, find_inputs
 from megatron_groupmates.pool.reader import DamagedSample, PoolReader
-from megatron_groupmates.pool.records import Document, DocumentFile, Reject, find_inputs
 from megatron_groupmates.pool.skips import Skip, append_skip, read_skips
 from megatron_groupmates.pool.sources import read_sources, sources_path, write_sources
 from megatron_groupmates.pool.tokenizer import PoolTokenizer

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from megatron_groupmates.config.errors import UserError
-from megatron_groupmates.pool.encode import encode_texts
+from megatron_groupmates.pool.preprocess.encode import encode_texts
 from megatron_groupmates.pool.tokenizer import PoolTokenizer
 from tests.pool.helpers import make_pool, tiny_tokenizer, tokenizer_json
 

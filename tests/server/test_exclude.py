@@ -11,7 +11,7 @@ import pytest
 from megatron_groupmates.pool.exclusion import write_exclusion
 from megatron_groupmates.pool.generation import Generation, load_generation
 from megatron_groupmates.pool.index import PoolIndex
-from megatron_groupmates.pool.reference import held_out_fingerprint
+from megatron_groupmates.pool.references.examples import held_out_fingerprint
 from megatron_groupmates.server import watch
 from megatron_groupmates.utils.files import read_json
 from tests.common.gpt_runs import REFRESHES, SEQUENCE_LENGTH, VOCABULARY, TrainedRun

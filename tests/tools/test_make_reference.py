@@ -13,7 +13,7 @@ import pytest
 
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.reader import PoolReader
-from megatron_groupmates.pool.reference import is_reference_set
+from megatron_groupmates.pool.references.examples import is_reference_set
 from tests.pool.helpers import documents, make_pool, tiny_tokenizer, tokenizer_json, write_raw
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_reference.py"

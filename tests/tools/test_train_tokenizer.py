@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from megatron_groupmates.pool.records import find_inputs
+from megatron_groupmates.pool.preprocess.records import find_inputs
 from megatron_groupmates.pool.tokenizer import PoolTokenizer
 from tools import train_tokenizer
 

@@ -35,7 +35,7 @@ def one_by_one(model: Any, index: PoolIndex, groups: Any, num_examples: int) -> 
     from megatron_groupmates.model.gpt import token_logits
     from megatron_groupmates.model.losses import token_losses
     from megatron_groupmates.pool.reader import PoolReader
-    from megatron_groupmates.pool.reference import ScoredTokens
+    from megatron_groupmates.pool.references.examples import ScoredTokens
 
     total, count = 0.0, 0
     for row in range(num_examples):

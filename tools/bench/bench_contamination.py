@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from megatron_groupmates.pool.contamination import ReferenceNgrams
+from megatron_groupmates.pool.references.contamination import ReferenceNgrams
 
 FOLDERS = ("/usr/share", "/usr/lib", sys.prefix)
 SUFFIXES = {".py", ".txt", ".rst", ".md", ".html", ".js", ".h", ".c", ".pm", ".sh"}

@@ -25,9 +25,9 @@ from isal import igzip
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_groupmates.pool.archive import HashingFile, walk_tar
+from megatron_groupmates.pool.formats.archive import HashingFile, walk_tar
+from megatron_groupmates.pool.formats.scan import ScanOptions, scan_shard
 from megatron_groupmates.pool.index import MEMBER_FORMATS
-from megatron_groupmates.pool.scan import ScanOptions, scan_shard
 from megatron_groupmates.pool.writer import write_shard
 from megatron_groupmates.utils.files import sha256_file
 

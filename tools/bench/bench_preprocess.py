@@ -23,11 +23,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the only way to keep the library on one thread
 
-from megatron_groupmates.pool.build import build_pool
-from megatron_groupmates.pool.encode import read_batches
 from megatron_groupmates.pool.index import MEMBER_FORMATS
-from megatron_groupmates.pool.options import BuildOptions
-from megatron_groupmates.pool.records import DocumentFile, find_inputs
+from megatron_groupmates.pool.preprocess.build import build_pool
+from megatron_groupmates.pool.preprocess.encode import read_batches
+from megatron_groupmates.pool.preprocess.options import BuildOptions
+from megatron_groupmates.pool.preprocess.records import DocumentFile, find_inputs
 from megatron_groupmates.pool.tokenizer import PoolTokenizer
 
 

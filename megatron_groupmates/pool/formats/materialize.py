@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_groupmates.config.errors import UserError
+from megatron_groupmates.pool.formats.kept_records import keep_record, kept_path, load_record
 from megatron_groupmates.pool.formats.subset import Subset
 from megatron_groupmates.pool.index import (
     POOL_FILE,
@@ -23,10 +24,9 @@ from megatron_groupmates.pool.index import (
     write_index,
     write_manifest,
 )
-from megatron_groupmates.pool.kept_records import keep_record, kept_path, load_record
+from megatron_groupmates.pool.preprocess.work import differences
 from megatron_groupmates.pool.reader import PoolReader
 from megatron_groupmates.pool.sources import read_sources, write_sources
-from megatron_groupmates.pool.work import differences
 from megatron_groupmates.pool.workers import run_tasks
 from megatron_groupmates.pool.writer import shard_name, write_shard
 from megatron_groupmates.utils.files import sha256_bytes, write_bytes

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_groupmates.config.errors import UserError
-from megatron_groupmates.pool.archive import read_keys
+from megatron_groupmates.pool.formats.archive import read_keys
 from megatron_groupmates.pool.generation import generation_name, load_generation, read_pointer
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.utils import storage

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_groupmates.pool.formats.scan import member_format
 from megatron_groupmates.pool.members import decode_json_member
-from megatron_groupmates.pool.scan import member_format
 
 
 def put_tokens(sample: dict[str, Any], suffix: str, token_dtype: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from megatron_groupmates.config.errors import UserError
-from megatron_groupmates.pool.archive import key_and_suffix
+from megatron_groupmates.pool.formats.archive import key_and_suffix
 from megatron_groupmates.pool.formats.subset import Subset, read_export, shard_keys, shard_url, write_export
 from megatron_groupmates.pool.formats.tokens import put_tokens
 from megatron_groupmates.utils import storage

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from megatron_groupmates.config.errors import UserError
+from megatron_groupmates.pool.formats.shard_lists import enumerate_names
 from megatron_groupmates.pool.formats.subset import Subset, read_export, shard_keys, shard_url, write_export
 from megatron_groupmates.pool.formats.tokens import put_tokens
-from megatron_groupmates.pool.shard_lists import enumerate_names
 from megatron_groupmates.utils.files import write_json
 from megatron_groupmates.utils.progress import progress_bar
 

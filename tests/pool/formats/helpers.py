@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
-from megatron_groupmates.pool.existing import index_existing
+from megatron_groupmates.pool.formats.existing import index_existing
 from megatron_groupmates.pool.formats.subset import Subset
 from megatron_groupmates.pool.generation import publish, write_generation
 from megatron_groupmates.pool.index import PoolIndex

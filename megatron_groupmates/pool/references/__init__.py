@@ -1,0 +1,1 @@
+"""Reference and evaluation sets, and what the pool shares with them."""
