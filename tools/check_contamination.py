@@ -19,7 +19,6 @@ check goes on where it was killed, and another --max-pool-count needs no second 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_groupmates.config.errors import UserError
 from megatron_groupmates.pool.references.contamination_check import EXCLUDE_FILE, check_contamination
+from megatron_groupmates.utils.arguments import add_storage_options, add_workers, use_storage_options
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -39,13 +39,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-pool-count", type=int, metavar="N", help="leave out n-grams in more samples of the pool than that (default: leave out none)"
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes that search, 0 for none beside this one (default: the cores, %(default)s)",
-    )
+    add_storage_options(parser)
+    add_workers(parser, "search")
     return parser.parse_args(arguments)
 
 
@@ -69,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     args = parse_arguments(arguments)
     try:
+        use_storage_options(args)
         summary = check_contamination(
             args.pool, args.against, args.output, ngram=args.ngram, max_pool_count=args.max_pool_count, num_workers=args.workers
         )

@@ -23,8 +23,6 @@ when the command is repeated. EXPORT/export.json says which pool and generation 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -35,7 +33,7 @@ from megatron_groupmates.pool.formats.energon import MAX_EXCLUDES
 from megatron_groupmates.pool.formats.export import FORMATS, ExportOptions, export_pool
 from megatron_groupmates.pool.formats.materialize import ROWS_PER_SHARD
 from megatron_groupmates.pool.index import MEMBER_FORMATS
-from megatron_groupmates.utils.storage import configure_storage
+from megatron_groupmates.utils.arguments import add_storage_options, add_workers, use_storage_options
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -70,20 +68,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="most samples that an Energon split file may leave out one by one (default: %(default)s)",
     )
     parser.add_argument("--work", metavar="DIR", help="local directory in which an export to a URL is built first")
-    parser.add_argument(
-        "--storage-options",
-        type=json.loads,
-        default={},
-        metavar="JSON",
-        help='of remote file systems, by protocol: {"s3": {"endpoint_url": "..."}}',
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes that write shards, 0 for none beside this one (default: the cores, %(default)s)",
-    )
+    add_storage_options(parser)
+    add_workers(parser, "write shards")
     return parser.parse_args(arguments)
 
 
@@ -91,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     args = parse_arguments(arguments)
     try:
-        configure_storage(args.storage_options)
+        use_storage_options(args)
         options = ExportOptions(
             kind=args.format,
             materialize=args.materialize,

@@ -22,7 +22,6 @@ the command is repeated.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -33,7 +32,7 @@ from megatron_groupmates.config.errors import UserError
 from megatron_groupmates.pool.formats.existing import IndexReport, index_existing
 from megatron_groupmates.pool.formats.shard_lists import enumerate_names
 from megatron_groupmates.pool.tokenizer import PoolTokenizer
-from megatron_groupmates.utils.storage import configure_storage
+from megatron_groupmates.utils.arguments import add_storage_options, add_workers, use_storage_options
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -50,20 +49,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--member-suffix", metavar="S", help="ending of the members with the ids, such as json.gz or tokens.bin (default: the one there is)"
     )
-    parser.add_argument(
-        "--storage-options",
-        type=json.loads,
-        default={},
-        metavar="JSON",
-        help='of remote file systems, by protocol: {"s3": {"endpoint_url": "..."}}',
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes that read shards, 0 for none beside this one (default: the cores, %(default)s)",
-    )
+    add_storage_options(parser)
+    add_workers(parser, "read shards")
     return parser.parse_args(arguments)
 
 
@@ -90,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     output = args.output or (os.path.dirname(args.shards) or "." if args.shards.endswith(".json") else args.shards)
     try:
-        configure_storage(args.storage_options)
+        use_storage_options(args)
         tokenizer = PoolTokenizer.load(args.tokenizer, args.eot)
         report = index_existing(args.shards, output, tokenizer, args.workers, args.member_suffix)
     except (UserError, OSError) as error:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from megatron_groupmates.pool.formats.subset import open_subset
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.inspection import KIND, break_down, describe_pool, describe_sample, top_rows
 from megatron_groupmates.pool.verification import verify_pool
-from megatron_groupmates.utils.storage import configure_storage
+from megatron_groupmates.utils.arguments import add_storage_options, add_workers, use_storage_options
 
 _BAR_WIDTH = 40
 _VALUE_WIDTH = 40
@@ -47,20 +46,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="G",
         help="show what it selects: a generation's directory, SELECTION_DIR:N, or SELECTION_DIR for the newest",
     )
-    parser.add_argument(
-        "--storage-options",
-        type=json.loads,
-        default={},
-        metavar="JSON",
-        help='of remote file systems, by protocol: {"s3": {"endpoint_url": "..."}}',
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes that read shards or sources, 0 for none beside this one (default: the cores, %(default)s)",
-    )
+    add_storage_options(parser)
+    add_workers(parser, "read shards or sources")
     return parser.parse_args(arguments)
 
 
@@ -150,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.workers < 0:
             raise UserError(f"--workers {args.workers} should be at least 0")
-        configure_storage(args.storage_options)
+        use_storage_options(args)
         result = inspect(args)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -35,6 +35,7 @@ from megatron_groupmates.pool.references.build import PARTS, ReferenceOptions, b
 from megatron_groupmates.pool.references.encode import ChatTemplate
 from megatron_groupmates.pool.references.records import ExampleFields
 from megatron_groupmates.pool.tokenizer import PoolTokenizer
+from megatron_groupmates.utils.arguments import add_storage_options, use_storage_options
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -66,6 +67,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     for name, default in vars(ExampleFields()).items():
         parser.add_argument(f"--{name}-field", default=default, metavar="PATH", help="dotted path in a record (default: %(default)s)")
     parser.add_argument("--max-rejects", type=int, metavar="N", help="end with an error when more lines than this cannot be used")
+    add_storage_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -108,6 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     args = parse_arguments(arguments)
     try:
+        use_storage_options(args)
         if args.pool is not None:
             pool = PoolIndex.open(args.pool)
             tokenizer, max_tokens, chat_template = PoolTokenizer.of_pool(pool), args.max_tokens or int(pool.lengths.max()), None

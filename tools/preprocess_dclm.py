@@ -39,7 +39,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import logging
 import os
 import sys
@@ -53,7 +52,7 @@ from megatron_groupmates.pool.index import MEMBER_FORMATS
 from megatron_groupmates.pool.preprocess.build import build_pool
 from megatron_groupmates.pool.preprocess.options import BuildOptions
 from megatron_groupmates.pool.tokenizer import PoolTokenizer
-from megatron_groupmates.utils.storage import configure_storage
+from megatron_groupmates.utils.arguments import add_storage_options, use_storage_options
 
 _KEPT = "Finished work is kept: "
 
@@ -99,12 +98,7 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         help="where unfinished work is kept: local, for several hosts on a shared file system "
         "(default: POOL.work; required for a remote pool)",
     )
-    group.add_argument(
-        "--storage-options",
-        default="{}",
-        metavar="JSON",
-        help='arguments of remote file systems by protocol, such as {"s3": {"endpoint_url": "https://..."}}',
-    )
+    add_storage_options(group)
 
 
 def _add_content(parser: argparse.ArgumentParser) -> None:
@@ -189,19 +183,9 @@ def _repeated(summary: dict) -> str:
     return f"  ({words})" if words else ""
 
 
-def _parse_storage_options(text: str) -> None:
-    try:
-        options = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"--storage-options is not JSON: {error}") from error
-    if not isinstance(options, dict):
-        raise UserError(f"--storage-options is an object of protocols, not {text}")
-    configure_storage(options)
-
-
 def build(args: argparse.Namespace, launch: LaunchEnvironment) -> None:
     """Build the pool on this rank and print the summary on the first."""
-    _parse_storage_options(args.storage_options)
+    use_storage_options(args)
     options = BuildOptions(
         pack=args.pack,
         samples_per_shard=args.samples_per_shard,

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_groupmates.config import Config, UserError
 from megatron_groupmates.pool.index import PoolIndex
-from megatron_groupmates.utils.files import read_json, sha256_json, write_text
+from megatron_groupmates.utils.files import read_sealed_json, sealed, write_text
 
 _FORMAT = "megatron_groupmates exclusion"
 _VERSION = 1
@@ -69,7 +69,7 @@ def write_exclusion(path: Path | str, index: PoolIndex, rows: np.ndarray, made_b
         "shards": [[index.shard_names[number], part.tolist()] for number, part in zip(numbers, parts, strict=False)],
         "made_by": made_by,
     }
-    facts["digest"] = sha256_json(facts)
+    facts = sealed(facts)
     write_text(path, json.dumps(facts) + "\n")
     return facts["digest"]
 
@@ -97,13 +97,4 @@ def load_exclusion(path: Path | str, index: PoolIndex) -> Exclusion:
 def _read_facts(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no exclusion file {path}; make one with tools/check_contamination.py")
-    try:
-        facts = read_json(path)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}; make it again") from error
-    if not isinstance(facts, dict) or facts.get("format") != _FORMAT or facts.get("version") != _VERSION:
-        raise UserError(f"{path} is not an exclusion file of version {_VERSION}; give the exclude.json of tools/check_contamination.py")
-    digest = sha256_json({name: value for name, value in facts.items() if name != "digest"})
-    if digest != facts.get("digest"):
-        raise UserError(f"{path} is damaged: its content has digest {digest}, it says {facts.get('digest')}; make it again")
-    return facts
+    return read_sealed_json(path, "an exclusion file", _FORMAT, _VERSION, "make it again with tools/check_contamination.py")

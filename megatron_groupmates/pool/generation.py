@@ -21,15 +21,7 @@ import numpy as np
 
 from megatron_groupmates.config.errors import UserError
 from megatron_groupmates.pool.index import PoolIndex
-from megatron_groupmates.utils.files import (
-    atomic_directory,
-    read_json,
-    sha256_bytes,
-    sha256_json,
-    write_bytes,
-    write_json,
-    write_text,
-)
+from megatron_groupmates.utils.files import atomic_directory, read_sealed_json, sealed, sha256_bytes, write_bytes, write_json, write_text
 
 POINTER_FILE = "latest"
 _FACTS_FILE = "generation.json"
@@ -111,7 +103,7 @@ def write_generation(
         "shards": _shard_counts(mask, pool_index),
         "provenance": provenance,
     }
-    facts["digest"] = sha256_json(facts)
+    facts = sealed(facts)
     path = generation_path(selection_dir, number)
     if path.exists():
         present = load_generation(selection_dir, number, pool_index)
@@ -201,15 +193,7 @@ def _read_facts(path: Path, number: int) -> dict[str, Any]:
     facts_path = path / _FACTS_FILE
     if not facts_path.is_file():
         raise UserError(f"there is no generation {number}: {facts_path} is missing")
-    try:
-        facts = read_json(facts_path)
-    except ValueError as error:
-        raise UserError(f"{facts_path} is damaged: {error}") from error
-    if not isinstance(facts, dict) or facts.get("format") != _FORMAT or facts.get("version") != _VERSION:
-        raise UserError(f"{facts_path} is not a generation of version {_VERSION}")
-    digest = sha256_json({name: value for name, value in facts.items() if name != "digest"})
-    if digest != facts.get("digest"):
-        raise UserError(f"{facts_path} is damaged: its content has digest {digest}, it says {facts.get('digest')}")
+    facts = read_sealed_json(facts_path, "a generation", _FORMAT, _VERSION, "restore it from a copy")
     if facts["number"] != number:
         raise UserError(f"{facts_path} is generation {facts['number']}, not {number}: the directory has been renamed")
     return facts

@@ -119,20 +119,23 @@ def write_index(directory: Path | str, facts: PoolFacts, shards: Sequence[ShardR
     names = [shard.name for shard in shards]
     assert names == sorted(set(names)), "shards must be sorted by name, each once"
     assert all(len(shard.lengths) for shard in shards), "a shard is empty"
-    columns = {name: np.concatenate([getattr(shard, name) for shard in shards]) for name in ("offsets", "member_bytes", "lengths")}
-    columns["kind_of"] = kind_of
+    facts_of_shards = [shard.facts for shard in shards]
+    num_samples, num_tokens = (sum(entry[name] for entry in facts_of_shards) for name in ("num_samples", "num_tokens"))
+    assert len(kind_of) == num_samples, "a kind for each sample"
     with atomic_file(directory / INDEX_FILE) as file:
-        for dtype, name in _SECTIONS:
-            assert len(columns[name]) == len(columns["lengths"]), name
-            file.write(np.ascontiguousarray(columns[name], dtype=dtype).data)
+        # Shard by shard: the whole of a column may be larger than memory.
+        for dtype, name in _SECTIONS[:-1]:
+            for shard in shards:
+                file.write(np.ascontiguousarray(getattr(shard, name), dtype=dtype).data)
+        file.write(np.ascontiguousarray(kind_of, dtype=_SECTIONS[-1][0]).data)
     description = {
         "format": FORMAT,
         "version": VERSION,
         **dataclasses.asdict(facts),
-        "num_samples": len(columns["lengths"]),
-        "num_tokens": int(columns["lengths"].sum(dtype=np.int64)),
+        "num_samples": num_samples,
+        "num_tokens": num_tokens,
         "index_sha256": sha256_file(directory / INDEX_FILE),
-        "shards": [shard.facts for shard in shards],
+        "shards": facts_of_shards,
     }
     write_json(directory / POOL_FILE, {**description, "digest": description_digest(description)})
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_groupmates.config.errors import UserError
+
 
 def fsync_path(path: Path) -> None:
     """Make a file's content, or the renames and new names inside a directory, durable."""
@@ -74,6 +76,36 @@ def parse_json(text: str | bytes) -> Any:
 def read_json(path: Path | str) -> Any:
     """The JSON value in ``path``; errors as :func:`parse_json`."""
     return parse_json(Path(path).read_text())
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """``content`` with ``digest``, the SHA-256 of all of it as canonical JSON, for :func:`read_sealed_json`."""
+    return {**content, "digest": sha256_json(content)}
+
+
+def read_sealed_json(path: Path, what: str, file_format: str, version: int, remedy: str) -> dict[str, Any]:
+    """The object in ``path``, made by :func:`sealed`, checked for its digest and its ``format`` and ``version``.
+
+    Args:
+        path: of the file, which must exist.
+        what: the file holds, for messages: ``an export``.
+        file_format: expected ``format``.
+        version: expected ``version``.
+        remedy: what to do where it is no such file.
+
+    Raises:
+        UserError: it is damaged, or of another format or version.
+    """
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; {remedy}") from error
+    if not isinstance(content, dict) or content.get("format") != file_format or content.get("version") != version:
+        raise UserError(f"{path} is not {what} of version {version}; {remedy}")
+    digest = sha256_json({name: value for name, value in content.items() if name != "digest"})
+    if digest != content.get("digest"):
+        raise UserError(f"{path} is damaged: its content has digest {digest}, it says {content.get('digest')}; {remedy}")
+    return content
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from megatron_groupmates.pool.formats.archive import read_keys
 from megatron_groupmates.pool.generation import generation_name, load_generation, read_pointer
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.utils import storage
-from megatron_groupmates.utils.files import read_json, sha256_json, write_json
+from megatron_groupmates.utils.files import read_sealed_json, sealed, write_json
 
 EXPORT_FILE = "export.json"
 _FORMAT = "megatron_groupmates export"
@@ -129,7 +129,7 @@ def write_export(directory: Path, kind: str, subset: Subset, suffix: str, facts:
         "token_dtype": subset.index.token_dtype,
         **facts,
     }
-    write_json(directory / EXPORT_FILE, {**content, "digest": sha256_json(content)})
+    write_json(directory / EXPORT_FILE, sealed(content))
 
 
 def read_export(directory: Path | str, kind: str) -> dict[str, Any]:
@@ -141,15 +141,7 @@ def read_export(directory: Path | str, kind: str) -> dict[str, Any]:
     path = Path(directory) / EXPORT_FILE
     if not path.is_file():
         raise UserError(f"{directory} is not an export: it has no {EXPORT_FILE}; make one with tools/export_pool.py")
-    try:
-        facts = read_json(path)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}; make the export again") from error
-    if not isinstance(facts, dict) or facts.get("format") != _FORMAT or facts.get("version") != _VERSION:
-        raise UserError(f"{path} is not an export of version {_VERSION}; make it again")
-    digest = sha256_json({name: value for name, value in facts.items() if name != "digest"})
-    if digest != facts.get("digest"):
-        raise UserError(f"{path} is damaged: its content has digest {digest}, it says {facts.get('digest')}; make the export again")
+    facts = read_sealed_json(path, "an export", _FORMAT, _VERSION, "make the export again")
     if facts["kind"] != kind:
         raise UserError(f"{directory} is an export for {facts['kind']}, not for {kind}")
     return facts
