@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 _WORD_BITS = 64
+_FEW = 4
 _CHUNK = 1 << 14  # ranks looked up at a time: temporaries stay in the processor's cache
 
 # Position from the left of the k-th set bit of each byte; meaningless where the byte has fewer.
@@ -45,6 +46,8 @@ class RowSet:
 
     def select(self, ranks: np.ndarray) -> np.ndarray:
         """The rows at ``ranks`` (int64[n], each in range(size)) of the ascending list of all rows, int64[n]."""
+        if len(ranks) <= _FEW:
+            return np.array([self._select_one(int(rank)) for rank in ranks], dtype=np.int64)
         rows = np.empty(len(ranks), dtype=np.int64)
         octets = self.bits.reshape(-1, _WORD_BITS // 8)
         for first in range(0, len(ranks), _CHUNK):
@@ -58,6 +61,24 @@ class RowSet:
             rank -= np.where(octet > 0, upto[each, octet - 1], 0).astype(np.uint8)
             rows[first : first + _CHUNK] = word * _WORD_BITS + octet * 8 + _SELECT_IN_BYTE[content[each, octet], rank]
         return rows
+
+    def _select_one(self, rank: int) -> int:
+        """:meth:`select` of one rank, in whole numbers of Python: quicker than arrays of so few."""
+        word = int(np.searchsorted(self._before, self._before.dtype.type(rank), side="right")) - 1
+        rank -= int(self._before[word])
+        width = _WORD_BITS
+        value = int.from_bytes(self.bits[word * width // 8 : (word + 1) * width // 8].tobytes(), "big")
+        row = word * width
+        while width > 1:
+            width //= 2
+            left = value >> width
+            if rank < left.bit_count():
+                value = left
+            else:
+                rank -= left.bit_count()
+                row += width
+                value &= (1 << width) - 1
+        return row
 
     def mask(self, num_rows: int) -> np.ndarray:
         """bool[num_rows], True where the row is in the set."""

@@ -30,6 +30,8 @@ def test_equals_a_list_of_the_rows(mask: np.ndarray, seed: int) -> None:
     selected = packed.select(ranks)
     assert selected.dtype == np.int64 and np.array_equal(selected, rows[ranks])
     assert np.array_equal(packed.select(np.arange(len(rows))), rows)
+    few = [packed.select(ranks[first : first + 3]) for first in range(0, len(ranks), 3)]
+    assert all(part.dtype == np.int64 for part in few) and [row for part in few for row in part] == rows[ranks].tolist()
 
 
 @given(mask=masks(), seed=st.integers(0, 10**6))
