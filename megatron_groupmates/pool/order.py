@@ -49,7 +49,7 @@ import numpy as np
 from megatron_groupmates.config.errors import UserError
 from megatron_groupmates.pool.contexts import Contexts, DocumentStream, Packing, join_contexts
 from megatron_groupmates.pool.log import LogEntry, validate_entries
-from megatron_groupmates.pool.rowset import RowSet, count_rows, pack_rows
+from megatron_groupmates.pool.rowset import RowSet, as_packed, count_rows, pack_rows
 
 _WORD = (1 << 64) - 1
 _NUM_ROUNDS = 8
@@ -216,10 +216,6 @@ def _rows_between(eligible: RowSet, key: int, start: int, stop: int) -> np.ndarr
     for first in range(start, stop, _BLOCK):
         flags[permute(np.arange(first, min(first + _BLOCK, stop)), eligible.size, key)] = True
     return eligible.subset(flags)
-
-
-def _packed(mask: np.ndarray) -> np.ndarray:
-    return mask if mask.dtype == np.uint8 else pack_rows(mask)
 
 
 def _ranks_at(size: int, key: int, first: int, stop: int) -> np.ndarray:
@@ -423,7 +419,7 @@ class SampleOrder:
 
     def _append(self, entry: LogEntry, mask: np.ndarray) -> None:
         """Close the last segment at the entry's effective sample and open the entry's own."""
-        selected = _packed(mask)
+        selected = as_packed(mask)
         expected_shape = (self.num_pool_samples,) if mask.dtype == bool else self._excluded.shape
         if mask.shape != expected_shape or not selected.any():
             raise UserError(

@@ -18,6 +18,11 @@ def pack_rows(mask: np.ndarray) -> np.ndarray:
     return np.concatenate([bits, np.zeros(-len(bits) % 8, dtype=np.uint8)])
 
 
+def as_packed(mask: np.ndarray) -> np.ndarray:
+    """``mask`` as :func:`pack_rows` gives it, whether it is a bool array or is packed already."""
+    return mask if mask.dtype == np.uint8 else pack_rows(mask)
+
+
 def count_rows(bits: np.ndarray) -> int:
     """Set bits of what :func:`pack_rows` gives."""
     return int(np.bitwise_count(bits.view(np.uint64)).sum(dtype=np.int64))

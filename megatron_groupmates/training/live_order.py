@@ -10,7 +10,7 @@ import numpy as np
 from megatron_groupmates.pool.contexts import Packing
 from megatron_groupmates.pool.log import LogEntry, log_digest
 from megatron_groupmates.pool.order import SampleOrder, next_epoch_entry
-from megatron_groupmates.pool.rowset import pack_rows
+from megatron_groupmates.pool.rowset import as_packed
 
 
 class LiveOrder:
@@ -38,8 +38,7 @@ class LiveOrder:
         packing: Packing | None = None,
     ) -> None:
         self.current = SampleOrder(num_pool_samples, seed, entries, masks, packing, excluded)
-        mask = masks[entries[-1].generation]
-        self._mask = mask if mask.dtype == np.uint8 else pack_rows(mask)
+        self._rows = as_packed(masks[entries[-1].generation])
         self._commit = commit
 
     @property
@@ -59,13 +58,16 @@ class LiveOrder:
         while self.current.exhausted_at() < stop:
             entry = next_epoch_entry(self.current)
             self._commit(entry)
-            self.current = self.current.extended(entry, self._mask)
+            self.current = self.current.extended(entry, self._rows)
 
     def adopt(self, extended: SampleOrder, mask: np.ndarray) -> None:
-        """Follow ``extended``, the current order with one more, already committed, entry of the generation of ``mask``."""
+        """Follow ``extended``, the current order with one more, already committed, entry of the generation of ``mask``.
+
+        ``mask`` is bool[num_pool_samples] or the same packed.
+        """
         assert extended.entries[:-1] == self.current.entries
         self.current = extended
-        self._mask = mask
+        self._rows = as_packed(mask)
 
 
 def consumed_log_digest(entries: Sequence[LogEntry], consumed_train_samples: int, exclusion_digest: str) -> str:
