@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -64,7 +65,8 @@ def _kill_when(job: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
         assert time.monotonic() < deadline, "the job did not get there"
         time.sleep(0.02)
     for session in _sessions(job.pid):
-        os.killpg(session, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # all of a group may have ended since it was listed
+            os.killpg(session, signal.SIGKILL)
     job.wait()
 
 
@@ -72,8 +74,11 @@ def _sessions(leader: int) -> set[int]:
     """Process groups of the launcher and its descendants (the launcher gives its ranks groups of their own)."""
     import psutil
 
-    processes = [psutil.Process(leader), *psutil.Process(leader).children(recursive=True)]
-    return {os.getpgid(process.pid) for process in processes}
+    groups = set()
+    for process in (psutil.Process(leader), *psutil.Process(leader).children(recursive=True)):
+        with contextlib.suppress(ProcessLookupError):  # a short-lived child, gone since it was listed
+            groups.add(os.getpgid(process.pid))
+    return groups
 
 
 def finish(job: subprocess.Popen[str], seconds: float = 120) -> str:
