@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import builtins
-import contextlib
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,29 @@ BAD = "click here to buy cheap pills now and win a free prize today"
 MIXED = ("the free theorem", "every prize follows", "click because", "a sequence to buy", "win", "bounded", "nothing known here xyzzy")
 
 
-def train(directory: Path, labels: tuple[str, ...] = ("__label__hq", "__label__cc")) -> str:
-    generator = np.random.default_rng(0)
-    texts = [GOOD.split(), BAD.split(), [*GOOD.split(), *BAD.split()]]
-    lines = []
-    for _ in range(200):
-        for label, words in zip(labels, texts, strict=False):
-            lines.append(f"{label} {' '.join(generator.choice(words, 8))}")
-    (directory / "train.txt").write_text("\n".join(lines))
-    path = str(directory / "model.bin")
-    for seed in range(200):
-        # Training in the wheel for NumPy 2 reads memory that is not initialised, and often fails; prediction does not.
-        with contextlib.suppress(RuntimeError):
-            model = fasttext.train_supervised(
-                str(directory / "train.txt"), dim=4, epoch=3, lr=0.1, bucket=2000, thread=1, verbose=0, seed=seed
-            )
-            model.save_model(path)
-            return path
-    raise AssertionError("no training run came to an end")
+def write_model(directory: Path, labels: tuple[str, ...] = ("__label__hq", "__label__cc")) -> str:
+    """A fastText model in its own file format, version 12: words of ``GOOD`` speak for the first label, words of ``BAD`` against it.
+
+    Written out rather than trained: training in the wheel for NumPy 2 reads memory that is not initialised and seldom succeeds.
+    """
+    words = sorted({*GOOD.split(), *BAD.split()})
+    inputs = np.array([[(word in GOOD.split()) - (word in BAD.split()) + 0.05 * n, 0.1 * n] for n, word in enumerate(words)])
+    outputs = np.array([[1.0, 0.1], [-1.0, 0.2], [0.0, 0.3]])[: len(labels)]
+    supervised = softmax = 3
+    #                    dim, ws, epoch, minCount, neg, wordNgrams, loss, model, bucket, minn, maxn, lrUpdateRate, t
+    settings = struct.pack("<12id", 2, 5, 5, 1, 5, 1, softmax, supervised, 0, 0, 0, 100, 1e-4)
+    entries = [(word, 0) for word in words] + [(label, 1) for label in labels]
+    dictionary = struct.pack("<3i2q", len(entries), len(words), len(labels), 1000, -1)
+    dictionary += b"".join(text.encode() + b"\0" + struct.pack("<qb", 10, kind) for text, kind in entries)
+    matrices = b"".join(struct.pack("<?2q", False, *matrix.shape) + matrix.astype("<f4").tobytes() for matrix in (inputs, outputs))
+    path = directory / "model.bin"
+    path.write_bytes(struct.pack("<2i", 793712314, 12) + settings + dictionary + matrices)
+    return str(path)
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return train(tmp_path_factory.mktemp("model"))
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 def test_scores_are_dclms(model_path: str) -> None:
@@ -87,7 +87,7 @@ def test_models_that_cannot_work(tmp_path: Path) -> None:
     (tmp_path / "bad.bin").write_bytes(b"not a model")
     with pytest.raises(UserError, match=r"bad\.bin is not a fastText model: .*wrong file format"):
         QualityFilter(str(tmp_path / "bad.bin"), threshold=0.1).score(["x"])
-    path = train(tmp_path, ("__label__a", "__label__b", "__label__c"))
+    path = write_model(tmp_path, ("__label__a", "__label__b", "__label__c"))
     with pytest.raises(UserError, match=r"has the labels __label__\w, .*; the quality filter needs two, one of them __label__a"):
         QualityFilter(path, "__label__a", threshold=0.1).score(["x"])
 
