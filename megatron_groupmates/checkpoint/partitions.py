@@ -36,32 +36,33 @@ class LocalParameter:
     group: int
     fragments: dict[str, list[torch.Tensor]]
 
-    def narrow(self, kind: str, dim: int, start: int, length: int) -> torch.Tensor:
-        """Indices ``start`` to ``start + length`` of dimension ``dim`` as a new float32 tensor.
+    def copy_into(self, kind: str, out: torch.Tensor, dim: int = 0, start: int = 0) -> None:
+        """Write the indices of dimension ``dim`` from ``start`` on, as many as ``out`` has, into ``out``.
 
-        Along the first dimension only the bytes asked for are touched.
+        Values go from the mapped file to ``out`` fragment by fragment, with nothing of their size in between; along the
+        first dimension only the bytes asked for are touched.
+
+        Args:
+            kind: one of :data:`KINDS`.
+            out: of the slice's shape but for ``dim``, on any device; contiguous when ``dim`` is 0.
+            dim: 0, or 1 for a matrix.
+            start: first index.
         """
-        shape = list(self.shape)
-        if dim == 0:
-            row = math.prod(shape[1:])
-            shape[0] = length
-            return self._range(kind, start * row, (start + length) * row).view(shape)
-        return self.whole(kind).narrow(dim, start, length).contiguous()
+        if not self.fragments[kind] and kind != "param":
+            out.zero_()
+            return
+        offset = 0
+        for fragment in self.fragments[kind]:
+            if dim == 0:
+                _copy_range(fragment, offset - start * math.prod(self.shape[1:]), out.view(-1))
+            else:
+                _copy_columns(fragment, offset, self.shape[1], start, out)
+            offset += fragment.numel()
 
     def whole(self, kind: str) -> torch.Tensor:
         """The slice as a new float32 tensor."""
-        return self._range(kind, 0, math.prod(self.shape)).view(self.shape)
-
-    def _range(self, kind: str, start: int, stop: int) -> torch.Tensor:
-        fragments = self.fragments[kind]
-        if not fragments and kind != "param":
-            return torch.zeros(stop - start)
-        found, offset = torch.empty(stop - start), 0
-        for fragment in fragments:
-            first, last = max(start, offset), min(stop, offset + fragment.numel())
-            if first < last:
-                found[first - start : last - start] = fragment[first - offset : last - offset]
-            offset += fragment.numel()
+        found = torch.empty(self.shape)
+        self.copy_into(kind, found)
         return found
 
 
@@ -253,6 +254,26 @@ def _flatten(groups: Sequence[Sequence[torch.Tensor]]) -> Iterator[torch.Tensor]
 def _moment_shape(base: dict[str, Any], number: int) -> tuple[int, ...] | None:
     moment = base["state"].get(number, {}).get("exp_avg")
     return None if moment is None else tuple(moment.shape)
+
+
+def _copy_range(fragment: torch.Tensor, offset: int, out: torch.Tensor) -> None:
+    """Copy what ``fragment``, whose first element has index ``offset`` (below 0: before ``out``), shares with the flat ``out``."""
+    first, last = max(0, offset), min(out.numel(), offset + fragment.numel())
+    if first < last:
+        out[first:last].copy_(fragment[first - offset : last - offset])
+
+
+def _copy_columns(fragment: torch.Tensor, offset: int, width: int, start: int, out: torch.Tensor) -> None:
+    """Copy columns from ``start`` on of the elements that ``fragment`` holds, from index ``offset`` on, of a matrix ``width`` wide."""
+    end = offset + fragment.numel()
+    # Rows that lie in the fragment as a whole, as one copy; the row it begins in and the row it ends in by themselves.
+    first, last = -(-offset // width), end // width
+    if first < last:
+        rows = fragment[first * width - offset : last * width - offset].view(last - first, width)
+        out[first:last].copy_(rows[:, start : start + out.shape[1]])
+    for row in {offset // width, last} - set(range(first, last)):
+        if row < out.shape[0]:
+            _copy_range(fragment, offset - row * width - start, out[row])
 
 
 def _checked(name: str, shape: Any, group: int, fragments: dict[str, list[torch.Tensor]]) -> LocalParameter:

@@ -126,25 +126,67 @@ class ZeroCheckpoint:
         Raises:
             UserError: as :meth:`read`, and when the size does not divide the parameter.
         """
+        rank, size = tensor_parallel_rank, tensor_parallel_size
+        found = torch.empty(self._plan(name, rank, size, vocabulary_rows)[0])
+        self.read_slice_into(name, kind, found, rank, size, vocabulary_rows)
+        return found
+
+    def read_slice_into(
+        self,
+        name: str,
+        kind: str,
+        out: torch.Tensor,
+        tensor_parallel_rank: int,
+        tensor_parallel_size: int,
+        vocabulary_rows: int | None = None,
+    ) -> None:
+        """:meth:`read_slice` into memory there is already: from the mapped files piece by piece, with no copy in between.
+
+        Args:
+            name: as for :meth:`read_slice`, like all others.
+            kind: see there.
+            out: contiguous float32 of the slice's shape, on any device.
+            tensor_parallel_rank: see there.
+            tensor_parallel_size: see there.
+            vocabulary_rows: see there.
+
+        Raises:
+            UserError: as :meth:`read_slice`, and when ``out`` has another shape; names the parameter and both shapes.
+        """
         if kind not in partitions.KINDS:
             raise UserError(f"kind '{kind}' is not one of {', '.join(partitions.KINDS)}")
-        assert 0 <= tensor_parallel_rank < tensor_parallel_size
+        rank, size = tensor_parallel_rank, tensor_parallel_size
+        shape, dim, found = self._plan(name, rank, size, vocabulary_rows)
+        if tuple(out.shape) != shape:
+            raise UserError(
+                f"parameter {name}: the checkpoint's slice for tensor-parallel rank {rank} of {size} has shape "
+                f"{shape}, the config's model {tuple(out.shape)}: the checkpoint is of another model"
+            )
+        offset = 0
+        for piece in found:
+            part = out.narrow(dim, offset, piece.length)
+            self._parameter(name, piece.rank).copy_into(kind, part, dim, piece.start)
+            offset += piece.length
+        out.narrow(dim, offset, shape[dim] - offset).zero_()
+
+    def _plan(self, name: str, rank: int, size: int, vocabulary_rows: int | None) -> tuple[tuple[int, ...], int, list[layout.Piece]]:
+        """Shape of a slice, and the pieces which one after the other along a dimension are its beginning; zeros follow."""
+        assert 0 <= rank < size
         full, saved_size = self.shape(name), self.tensor_model_parallel_size
         repadded = vocabulary_rows not in (None, full[0]) and layout.is_vocabulary(name)
-        if tensor_parallel_size == saved_size and not repadded:
-            return self._parameter(name, tensor_parallel_rank).whole(kind)
+        if size == saved_size and not repadded:
+            shape = self._parameter(name, rank).shape
+            return shape, 0, [layout.Piece(rank, 0, shape[0])]
         rule = layout.layout_of(name, self.client_state.get("gated_linear_unit"))
         if rule.dim is None:
-            return self._parameter(name, 0).whole(kind)
-        zeros = 0
+            return full, 0, [layout.Piece(0, 0, full[0])]
         if repadded:
-            found, zeros = layout.vocabulary_pieces(full[0], vocabulary_rows, saved_size, tensor_parallel_rank, tensor_parallel_size)
+            found, zeros = layout.vocabulary_pieces(full[0], vocabulary_rows, saved_size, rank, size)
         else:
-            found = layout.pieces(rule, full[rule.dim], saved_size, tensor_parallel_rank, tensor_parallel_size)
-        parts = [self._parameter(name, piece.rank).narrow(kind, rule.dim, piece.start, piece.length) for piece in found]
-        if zeros:
-            parts.append(torch.zeros(zeros, *full[1:]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, rule.dim)
+            found, zeros = layout.pieces(rule, full[rule.dim], saved_size, rank, size), 0
+        shape = list(full)
+        shape[rule.dim] = sum(piece.length for piece in found) + zeros
+        return tuple(shape), rule.dim, found
 
     def _parameter(self, name: str, rank: int) -> partitions.LocalParameter:
         parameter = self._local(rank).get(self._shared.get(name, name))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megatron_groupmates.checkpoint.partitions import match_by_shape, without_zero
+from megatron_groupmates.checkpoint.partitions import LocalParameter, match_by_shape, without_zero
 from megatron_groupmates.config.errors import UserError
 
 MODEL = {"a": (4, 4), "a_norm": (4,), "b": (4, 8), "b_norm": (4,), "c": (4, 4)}
@@ -66,3 +68,22 @@ def test_named_parameters_need_no_matching():
 def test_the_fused_optimizer_without_zero_is_refused():
     with pytest.raises(UserError, match="fused 16-bit optimizer without ZeRO, which does not record where a parameter lies; train with"):
         without_zero({"module": {}, "optimizer": {"fp32_groups_flat": []}})
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_any_range_of_any_fragments_is_copied(data):
+    shape = data.draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
+    dim = data.draw(st.integers(0, 1))
+    start = data.draw(st.integers(0, shape[dim] - 1))
+    length = data.draw(st.integers(1, shape[dim] - start))
+    whole = torch.arange(float(shape[0] * shape[1]))
+    cuts = sorted(data.draw(st.lists(st.integers(0, whole.numel()), max_size=6)))
+    parameter = LocalParameter(shape, 0, {"param": list(whole.tensor_split(cuts))})
+    wide = torch.full((shape[0] + 2, shape[1] + 2), -7.0)
+    expected = whole.view(shape).narrow(dim, start, length)
+    # Columns are written between columns of other pieces, rows into contiguous memory.
+    out = torch.empty(expected.shape) if dim == 0 else wide[1 : shape[0] + 1, 1 : length + 1]
+    parameter.copy_into("param", out, dim, start)
+    assert torch.equal(out, expected)
+    assert (wide == -7.0).sum() == wide.numel() - (out.numel() if dim else 0)

@@ -78,6 +78,40 @@ def test_vocabulary_padded_otherwise(saved, saved_size, rows):
         assert torch.equal(slices[0] if "layernorm" in name else torch.cat(slices), expected)
 
 
+@pytest.mark.parametrize("saved_layout", LAYOUTS)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_slice_is_written_where_it_is_wanted_and_nowhere_else(saved, saved_layout, size):
+    # Through every stage, as each cuts the parameters into other fragments.
+    for recipe in (recipe for recipe in RECIPES + EXTRA_RECIPES * (saved_layout[1] == 2) if recipe.steps):
+        checkpoint = ZeroCheckpoint(saved(*saved_layout).directory / recipe.tag)
+        for name in checkpoint.names:
+            expected = slice_by_hand(name, checkpoint.read(name, "param"), size - 1, size)
+            buffer = torch.full((expected.numel() + 2,), -7.0)
+            checkpoint.read_slice_into(name, "param", buffer[1:-1].view(expected.shape), size - 1, size)
+            assert torch.equal(buffer[1:-1].view(expected.shape), expected), (recipe.tag, name)
+            assert buffer[0] == buffer[-1] == -7.0
+
+
+def test_a_slice_overwrites_what_was_there(saved):
+    name = "output_layer.weight"
+    checkpoint = ZeroCheckpoint(saved(2, 2).directory / Recipe(1, "fp32", steps=0).tag)
+    out = torch.full((VOCABULARY + 4, checkpoint.shape(name)[1]), -7.0)
+    checkpoint.read_slice_into(name, "param", out, 0, 1, vocabulary_rows=VOCABULARY + 4)
+    assert torch.equal(out[:VOCABULARY], checkpoint.read(name, "param")) and not out[VOCABULARY:].any()
+    out.fill_(-7.0)
+    checkpoint.read_slice_into(name, "exp_avg", out, 0, 1, vocabulary_rows=VOCABULARY + 4)
+    assert not out.any()
+
+
+def test_a_slice_of_another_shape_is_refused(saved):
+    checkpoint = ZeroCheckpoint(saved(1, 1).directory / STAGE_1)
+    message = r"output_layer.weight: the checkpoint's slice for tensor-parallel rank 1 of 2 has shape \(10, 8\), the config's model \(12,"
+    with pytest.raises(UserError, match=message):
+        checkpoint.read_slice_into("output_layer.weight", "param", torch.empty(12, 8), 1, 2)
+    with pytest.raises(UserError, match="kind 'momentum' is not one of"):
+        checkpoint.read_slice_into("output_layer.weight", "momentum", torch.empty(20, 8), 0, 1)
+
+
 def test_parameter_groups_carry_settings_and_names(saved):
     for recipe in RECIPES:
         groups = ZeroCheckpoint(saved(2, 2).directory / recipe.tag).param_groups
