@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from megatron_groupmates.model.batch import DocumentRules, PackedBatch, pack
 from megatron_groupmates.model.losses import IGNORED_LABEL
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.references.examples import HeldOutExamples
@@ -28,24 +30,40 @@ class ReferenceSet:
         """Tokens that enter the loss."""
         return int((self.labels != IGNORED_LABEL).sum())
 
-    def batches(self, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(tokens, labels) in batches of at most ``batch_size`` examples.
+    def batches(self, num_tokens: int, rules: DocumentRules) -> list[PackedBatch]:
+        """The examples packed into batches of at most ``num_tokens`` tokens, which an example by itself may exceed.
 
-        Longest examples first, each batch cut after its last scored token: with causal attention nothing behind it matters.
-        Examples of equal lengths keep their order.
+        Each example is cut after its last scored token, for with causal attention nothing behind it matters, and one without
+        scored tokens is left out. Longest examples first, each into the first batch with room; equal lengths keep their order.
         """
         scored = self.labels != IGNORED_LABEL
-        lengths = (scored * torch.arange(1, scored.shape[1] + 1, device=scored.device)).amax(1).clamp(min=1)
-        order = lengths.argsort(descending=True, stable=True)
-        return [(self.tokens[rows, : lengths[rows[0]]], self.labels[rows, : lengths[rows[0]]]) for rows in order.split(batch_size)]
+        lengths = (scored * torch.arange(1, scored.shape[1] + 1, device=scored.device)).amax(1).tolist()
+        order = sorted((row for row, length in enumerate(lengths) if length), key=lambda row: -lengths[row])
+        examples = [(self.tokens[row, : lengths[row]], self.labels[row, : lengths[row]]) for row in order]
+        bins = first_fit([lengths[row] for row in order], num_tokens)
+        return [pack([examples[number] for number in numbers], rules) for numbers in bins]
 
 
-def load_reference(pool: PoolIndex, sequence_length: int, num_samples: int, device: torch.device) -> ReferenceSet:
-    """The first ``num_samples`` examples of a held-out pool or reference set (fewer if it has fewer).
+def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Positions of ``sizes`` by the bin each falls into: the first with room, in the order given; a size above capacity is alone."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for position, size in enumerate(sizes):
+        number = next((number for number, left in enumerate(room) if size <= left), len(bins))
+        if number == len(bins):
+            bins.append([])
+            room.append(capacity)
+        bins[number].append(position)
+        room[number] -= size
+    return bins
+
+
+def load_reference(pool: PoolIndex, sequence_length: int, num_samples: int, device: torch.device, first: int = 0) -> ReferenceSet:
+    """``num_samples`` examples of a held-out pool or reference set from its example ``first`` on (fewer if it has fewer).
 
     Raises:
         UserError: an example does not fit the model.
     """
-    rows = range(min(num_samples, pool.num_samples))
+    rows = range(first, min(first + num_samples, pool.num_samples))
     tokens, labels = HeldOutExamples(pool, sequence_length).batch(rows, IGNORED_LABEL)
     return ReferenceSet(tokens=torch.from_numpy(tokens).to(device), labels=torch.from_numpy(labels).to(device))

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from megatron_groupmates.config import Config
+from megatron_groupmates.model.attention import Segments
 from megatron_groupmates.model.losses import IGNORED_LABEL, next_token_batch
 
 # int64 [n, s + 1], or n tensors int64[length] of any lengths up to that.
@@ -59,6 +61,25 @@ class Batch:
     position_ids: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class PackedBatch:
+    """Samples of any lengths one behind the other, for one forward pass without padding.
+
+    Attributes:
+        tokens: int64 ``[1, t]``.
+        position_ids: int64 ``[1, t]``.
+        segments: what attends to what.
+        scored: int64 ``[n]``, which of the t tokens predict a scored one.
+        labels: int64 ``[n]``, what those predict.
+    """
+
+    tokens: torch.Tensor
+    position_ids: torch.Tensor
+    segments: Segments
+    scored: torch.Tensor
+    labels: torch.Tensor
+
+
 def training_batch(samples: torch.Tensor, rules: DocumentRules, unscored: torch.Tensor | None = None) -> Batch:
     """The batch of int64 ``[b, s + 1]`` samples.
 
@@ -93,3 +114,37 @@ def document_inputs(tokens: torch.Tensor, rules: DocumentRules) -> tuple[torch.T
         begins[:, 1:] = torch.where(ends[:, :-1], position[1:], 0)
         position_ids = position - begins.cummax(1).values
     return attention_mask, position_ids
+
+
+def pack(samples: Sequence[tuple[torch.Tensor, torch.Tensor]], rules: DocumentRules) -> PackedBatch:
+    """Pack samples, each (tokens int64 ``[length]``, labels int64 ``[length]``, -100 where not scored), in their order.
+
+    Each sample, and by the rules each of its documents, is to the model what it is by itself.
+    """
+    tokens, labels = (torch.cat(parts) for parts in zip(*samples, strict=True))
+    lengths = [len(part) for part, _ in samples]
+    documents = [length for part, _ in samples for length in _document_lengths(part == rules.eot_id)]
+    positions = [torch.arange(length) for length in (documents if rules.reset_position_ids else lengths)]
+    scored = (labels != IGNORED_LABEL).nonzero().squeeze(1)
+    return PackedBatch(
+        tokens=tokens.unsqueeze(0),
+        position_ids=torch.cat(positions).to(tokens.device).unsqueeze(0),
+        segments=Segments.of(documents if rules.reset_attention_mask else lengths, max(lengths), tokens.device),
+        scored=scored,
+        labels=labels[scored],
+    )
+
+
+def pack_samples(samples: Samples, rules: DocumentRules) -> tuple[PackedBatch, list[int]]:
+    """Pack samples to train on, each with the labels that :func:`training_batch` gives it; also how many are scored in each."""
+    plain = DocumentRules(rules.eot_id, eod_mask_loss=rules.eod_mask_loss)
+    batches = [training_batch(sample.unsqueeze(0), plain) for sample in samples]
+    # Counted on the device and fetched once.
+    num_scored = torch.stack([(batch.labels != IGNORED_LABEL).sum() for batch in batches]).tolist()
+    return pack([(batch.tokens[0], batch.labels[0]) for batch in batches], rules), num_scored
+
+
+def _document_lengths(ends: torch.Tensor) -> list[int]:
+    """Lengths of the documents of one sample, of which ``ends`` bool ``[length]`` marks the last tokens; the rest is one more."""
+    bounds = sorted({0, *(ends.nonzero().squeeze(1) + 1).tolist(), len(ends)})
+    return [stop - start for start, stop in pairwise(bounds)]

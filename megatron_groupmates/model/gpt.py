@@ -19,7 +19,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_groupmates.config import Config, ffn_hidden_size
-from megatron_groupmates.model.attention import SDPACoreAttention
+from megatron_groupmates.model.attention import AttendsWithinSegments, SDPACoreAttention
+from megatron_groupmates.model.batch import PackedBatch
 from megatron_groupmates.parallel import ParallelGroups
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,7 @@ def build_gpt(config: Config, groups: ParallelGroups, tensor_model_parallel_size
         rotary_base=config.model.rotary_base,
     )
     model = model.to(device=groups.device, dtype=dtype)
-    if config.data.reset_position_ids:
-        _follow_position_ids(model)
+    _follow_position_ids(model, always=config.data.reset_position_ids)
     _sum_query_key_norm_gradients(model, groups)
     return model
 
@@ -89,6 +89,22 @@ def hidden_states(
     """
     with _without_output_layer(model):
         return token_logits(model, tokens, attention_mask, position_ids)
+
+
+def packed_logits(model: GPTModel, batch: PackedBatch, num_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits where a packed batch is scored, in parts of at most ``num_tokens`` tokens: the output layer sees nothing else.
+
+    Collective over the tensor-parallel group.
+
+    Yields:
+        (logits ``[1, n, vocab / tensor_size]``, labels int64 ``[1, n]``).
+    """
+    with _without_output_layer(model):
+        hidden = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.segments)
+    chosen = hidden[batch.scored]
+    for part, labels in zip(chosen.split(num_tokens), batch.labels.split(num_tokens), strict=True):
+        logits, _ = model.output_layer(part)
+        yield logits.transpose(0, 1), labels.unsqueeze(0)
 
 
 @contextlib.contextmanager
@@ -147,6 +163,8 @@ def _layer_spec(config: Config, device: torch.device) -> ModuleSpec:
             logger.info("layers: Transformer Engine, with torch's attention for data.reset_attention_mask")
         else:
             logger.info("layers: Transformer Engine")
+            attention = spec.submodules.self_attention.submodules
+            attention.core_attention = type("PackingCoreAttention", (AttendsWithinSegments, attention.core_attention), {})
         return spec
     spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
@@ -154,7 +172,7 @@ def _layer_spec(config: Config, device: torch.device) -> ModuleSpec:
 
 
 class _DocumentRotary(torch.nn.Module):
-    """Rotary angles at the position ids of the batch in hand, where megatron-core's module counts positions from 0 on."""
+    """Rotary angles at the position ids of the batch in hand; without any, megatron-core's, at positions from 0 on."""
 
     def __init__(self, rotary: torch.nn.Module) -> None:
         super().__init__()
@@ -163,19 +181,21 @@ class _DocumentRotary(torch.nn.Module):
         self.position_ids: torch.Tensor | None = None
 
     def forward(self, max_seq_len: int, **options: Any) -> torch.Tensor:
-        """Angles float32 ``[s, b, 1, d]`` of the positions in ``position_ids``, all below ``max_seq_len``."""
-        assert self.position_ids is not None
+        """Angles float32 ``[s, b, 1, d]`` of the positions in ``position_ids``, all below ``max_seq_len``; ``[s, 1, 1, d]`` without."""
         angles = self._rotary(max_seq_len, **options)
+        if self.position_ids is None:
+            return angles
         return angles[:, 0, 0][self.position_ids.transpose(0, 1)].unsqueeze(2)
 
 
-def _follow_position_ids(model: GPTModel) -> None:
+def _follow_position_ids(model: GPTModel, always: bool) -> None:
+    """Rotary angles by the position ids of packed batches, and if ``always`` of every batch."""
     rotary = model.rotary_pos_emb = _DocumentRotary(model.rotary_pos_emb)
 
-    def note(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        rotary.position_ids = arguments[1]
+    def note(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
+        rotary.position_ids = arguments[1] if always or "packed_seq_params" in options else None
 
-    model.register_forward_pre_hook(note)
+    model.register_forward_pre_hook(note, with_kwargs=True)
 
 
 def _sum_query_key_norm_gradients(model: GPTModel, groups: ParallelGroups) -> None:

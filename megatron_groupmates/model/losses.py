@@ -27,12 +27,13 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         outside = (local < 0) | (local >= logits.shape[-1])
         local = local.masked_fill(outside, 0)
         target_logit = shifted.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(outside, 0.0)
-        exponentials = shifted.exp()
+        exponentials = shifted.exp_()
         sums = torch.stack((exponentials.sum(-1), target_logit))
         if size > 1:
             dist.all_reduce(sums, group=group)
         log_sum = sums[0].log()
-        ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), local, outside)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), local, outside)
         return log_sum - sums[1], log_sum + peak
 
     @staticmethod
@@ -64,14 +65,32 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, group: dist.Process
 
     Collective over the tensor-parallel ``group``.
     """
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    scored = labels != IGNORED_LABEL
-    nll, log_partition = _VocabParallelCrossEntropy.apply(logits, labels.masked_fill(~scored, 0), group, rank, size)
+    nll, log_partition, scored = _by_token(logits, labels, group)
     return TokenLosses(
         cross_entropy=(nll * scored).sum(),
         squared_log_partition=(log_partition.square() * scored).sum(),
         num_tokens=scored.sum().float(),
     )
+
+
+def losses_by_token(logits: torch.Tensor, labels: torch.Tensor, z_loss: float, group: dist.ProcessGroup) -> torch.Tensor:
+    """What each token adds to :meth:`TokenLosses.training_loss` before the mean: float64 ``[b, s]``, 0 where not scored.
+
+    Arguments as of :func:`token_losses`. Collective over the tensor-parallel ``group``.
+    """
+    nll, log_partition, scored = _by_token(logits, labels, group)
+    losses = nll.double()
+    if z_loss:
+        losses = losses + z_loss * log_partition.double().square()
+    return losses * scored
+
+
+def _by_token(logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood and log-partition, float32 ``[b, s]``, and which tokens are scored, bool ``[b, s]``."""
+    scored = labels != IGNORED_LABEL
+    targets = labels.masked_fill(~scored, 0)
+    nll, log_partition = _VocabParallelCrossEntropy.apply(logits, targets, group, dist.get_rank(group), dist.get_world_size(group))
+    return nll, log_partition, scored
 
 
 def next_token_batch(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megatron_groupmates.checkpoint.zero import ZeroCheckpoint
 from megatron_groupmates.config import Config, UserError, learning_rate
 from megatron_groupmates.influence.reference import ReferenceSet
+from megatron_groupmates.model.batch import DocumentRules, document_inputs
 from megatron_groupmates.model.losses import next_token_batch
 from tests.common.distributed import run_ranks
 from tests.common.gpt_runs import (
+    BATCH,
     SEQUENCE_LENGTH,
     VOCABULARY,
     TrainedRun,
@@ -23,6 +27,7 @@ from tests.common.gpt_runs import (
     one_rank,
     open_groups,
     snapshot,
+    tiny_config,
     trained_run,
 )
 
@@ -42,7 +47,6 @@ def reference_set() -> ReferenceSet:
 
 def build_probe(config: Config, groups: Any, batch_size: int = 3, dtype: torch.dtype = torch.float32) -> Any:
     from megatron_groupmates.influence.probe import Probe
-    from megatron_groupmates.model.batch import DocumentRules
     from megatron_groupmates.model.gpt import build_gpt
 
     return Probe(build_gpt(config, groups, groups.tensor_size, dtype), config, groups, reference_set(), batch_size, DocumentRules(eot_id=0))
@@ -52,8 +56,7 @@ def state_of(probe: Any) -> dict[str, dict[str, torch.Tensor]]:
     """Copies of masters and moments, kind -> name -> this rank's slice."""
     found: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in KINDS}
     for flat in probe._flat:
-        state = probe._optimizer.state[flat.master]
-        for kind, values in zip(KINDS, (flat.master, state["exp_avg"], state["exp_avg_sq"]), strict=True):
+        for kind, values in zip(KINDS, (flat.master, flat.average, flat.square), strict=True):
             parts = values.detach().clone().split([p.numel() for p in flat.parameters])
             found[kind] |= {name: part.view(p.shape) for name, part, p in zip(flat.names, parts, flat.parameters, strict=True)}
     return found
@@ -108,10 +111,10 @@ def measure_inner_product(run: TrainedRun, groups: Any) -> list[float]:
     """Reference gradient times change over one step: of the whole model, and of it without each half of the gradient."""
     probe = build_probe(run.config(), groups)
     probe.load(ZeroCheckpoint(run.tag(STEP)))
-    gradient, before = probe.reference_gradient(), probe.masters()
+    gradient = probe.reference_gradient()
     probe.step(batch_of_step(run, 1)[:1], 1e-2)
     only_norms = [torch.zeros_like(gradient[0]), gradient[1]]
-    return [probe.inner_product(gradient, before), probe.inner_product(only_norms, before), probe.reference_loss()]
+    return [probe.change_along(gradient), probe.change_along(only_norms), probe.reference_loss()]
 
 
 def two_ranks(rank: int, world_size: int, own: TrainedRun, other: TrainedRun) -> dict[str, Any]:
@@ -127,6 +130,7 @@ def two_ranks(rank: int, world_size: int, own: TrainedRun, other: TrainedRun) ->
         "other": follow_trainer(other, groups, STEP),
         "inner": measure_inner_product(other, groups),
         "sharded": sharded,
+        "loss": own_probe.reference_loss(),
     }
 
 
@@ -144,6 +148,15 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def on_two_ranks(runs: dict[int, TrainedRun], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(two_ranks, 2, runs[2], runs[1], tmp_path=tmp_path_factory.mktemp("ranks"), timeout_seconds=120)
+
+
+@pytest.fixture(scope="module")
+def models(groups: Any) -> dict[bool, tuple[Config, torch.nn.Module, Any]]:
+    """Config, model and groups, by whether positions begin again in each document; weights so large that attention matters."""
+    from megatron_groupmates.model.gpt import build_gpt
+
+    configs = {reset: tiny_config("unused", model__init_std=0.3, data__reset_position_ids=reset) for reset in (False, True)}
+    return {reset: (config, build_gpt(config, groups, 1, torch.float32), groups) for reset, config in configs.items()}
 
 
 @pytest.fixture
@@ -215,10 +228,14 @@ def test_restore_is_exact_after_many_cycles(loaded, runs):
     samples = batch_of_step(runs[1], STEP + 1)
     loaded.step(samples[:1], 1e-2)
     first = state_of(loaded)
-    for cycle in range(200):
+    for cycle in range(10_000):
         loaded.restore()
-        for sample in samples[: 1 + cycle % 2]:
-            loaded.step(sample.unsqueeze(0), 1e-2)
+        # The optimizer alone changes all there is to restore, for a tenth of the time of a whole step.
+        if cycle % 100:
+            loaded._optimizer.step()
+        else:
+            loaded.step(samples[cycle // 100 % BATCH].unsqueeze(0), 1e-2)
+    assert len(differences(state_of(loaded), before)) == len(KINDS) * len(before["param"])
     loaded.restore()
     assert differences(state_of(loaded), before) == [] and loaded.reference_loss() == loss
     loaded.step(samples[:1], 1e-2)
@@ -245,6 +262,61 @@ def test_reference_loss_is_one_mean_over_tokens(runs, groups, batch_size):
     probe = build_probe(runs[1].config(), groups, batch_size)
     probe.load(ZeroCheckpoint(runs[1].tag(STEP)))
     assert probe.reference_loss() == pytest.approx(slow_reference_loss(probe.model), rel=1e-6)
+
+
+@torch.no_grad()
+def one_at_a_time(model: torch.nn.Module, reference: ReferenceSet, rules: DocumentRules) -> float:
+    """Each example by itself through the model's plain inputs, summed in float64."""
+    from megatron_groupmates.model.gpt import token_logits
+
+    total, count = 0.0, 0
+    for tokens, labels in zip(reference.tokens, reference.labels, strict=True):
+        logits = token_logits(model, tokens.unsqueeze(0), *document_inputs(tokens.unsqueeze(0), rules))[0].double()
+        total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
+        count += int((labels != -100).sum())
+    return total / count
+
+
+@st.composite
+def reference_sets(draw: st.DrawFn) -> ReferenceSet:
+    """Examples of 1 to 16 tokens, padded; any of them may have no scored token, but not all."""
+    lengths = draw(st.lists(st.integers(1, SEQUENCE_LENGTH), min_size=1, max_size=8))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    shape = (len(lengths), max(lengths))
+    # Few ids, so that most examples hold several documents.
+    tokens, labels = (torch.randint(5, shape, generator=generator) for _ in range(2))
+    scored = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.2, 0.6, 1.0]))
+    for row, length in enumerate(lengths):
+        scored[row, length:] = False
+    scored[0, 0] = True
+    return ReferenceSet(tokens=tokens, labels=labels.masked_fill(~scored, -100))
+
+
+@pytest.mark.parametrize("resets", [(False, False), (True, False), (False, True), (True, True)])
+@given(reference=reference_sets(), batch_size=st.integers(1, 3))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_packed_is_one_at_a_time(models, resets, reference, batch_size):
+    from megatron_groupmates.influence.probe import Probe
+
+    config, model, groups = models[resets[1]]
+    rules = DocumentRules(0, *resets)
+    probe = Probe(model, config, groups, reference, batch_size, rules)
+    probe._logit_tokens = 3
+    assert probe.reference_loss() == pytest.approx(one_at_a_time(model, reference, rules), rel=1e-6)
+
+
+def test_packing_makes_fewer_passes(runs, groups):
+    probe = build_probe(runs[1].config(), groups, 7)
+    assert len(probe._reference) == 1 and len(build_probe(runs[1].config(), groups, 2)._reference) == 3
+    # The first example is cut to two tokens, the fourth has none that is scored.
+    assert probe._reference[0].segments.lengths == (*[SEQUENCE_LENGTH] * 5, 2)
+
+
+def test_reference_loss_is_the_same_on_one_and_two_ranks(runs, groups, on_two_ranks):
+    probe = build_probe(runs[2].config(), groups)
+    probe.load(ZeroCheckpoint(runs[2].tag(STEP)))
+    assert on_two_ranks[0]["loss"] == on_two_ranks[1]["loss"]
+    assert on_two_ranks[0]["loss"] == pytest.approx(probe.reference_loss(), rel=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
@@ -274,14 +346,26 @@ def test_inner_product_counts_replicated_parameters_once(runs, groups, on_two_ra
 
 
 def test_inner_product_by_hand(loaded, runs):
-    gradient, before = loaded.reference_gradient(), loaded.masters()
-    assert loaded.inner_product(gradient, before) == 0.0
+    gradient, before = loaded.checkpoint_gradient(), state_of(loaded)["param"]
+    assert loaded.change_along(gradient) == 0.0
     loaded.step(batch_of_step(runs[1], 1)[:1], 1e-2)
-    expected = sum(
-        float((g.double() * (after.double() - old.double())).sum())
-        for g, after, old in zip(gradient, loaded.masters(), before, strict=True)
-    )
-    assert loaded.inner_product(gradient, before) == pytest.approx(expected, rel=1e-6)
+    after = state_of(loaded)["param"]
+    expected = 0.0
+    for flat, values in zip(loaded._flat, gradient, strict=True):
+        parts = values.double().split([p.numel() for p in flat.parameters])
+        for name, part in zip(flat.names, parts, strict=True):
+            expected += float((part * (after[name].double() - before[name].double()).reshape(-1)).sum())
+    assert expected != 0.0 and loaded.change_along(gradient) == pytest.approx(expected, rel=1e-12)
+
+
+def test_checkpoint_gradient_is_computed_once_for_a_checkpoint(loaded, runs):
+    first = loaded.checkpoint_gradient()
+    loaded.step(batch_of_step(runs[1], 1)[:1], 1e-2)
+    assert loaded.checkpoint_gradient() is first
+    assert differences(state_of(loaded), saved_state(ZeroCheckpoint(runs[1].tag(STEP)), loaded._groups)) == []
+    assert all(torch.equal(part, again) for part, again in zip(first, loaded.reference_gradient(), strict=True))
+    loaded.load(ZeroCheckpoint(runs[1].tag(STEP + 1)))
+    assert not any(torch.equal(part, other) for part, other in zip(first, loaded.checkpoint_gradient(), strict=True))
 
 
 def test_bfloat16_steps_from_float32_masters_and_restores_exactly(runs, groups):

@@ -1,13 +1,16 @@
-"""The reference set: the first samples of a held-out pool, every token scored, in batches of any size."""
+"""The reference set: samples of a held-out pool, packed into batches of any size."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_groupmates.config import UserError
-from megatron_groupmates.influence.reference import ReferenceSet, load_reference
+from megatron_groupmates.influence.reference import ReferenceSet, first_fit, load_reference
+from megatron_groupmates.model.batch import DocumentRules
 from tests.pool.helpers import make_pool, make_reference_set
 
 CPU = torch.device("cpu")
@@ -33,13 +36,30 @@ def test_only_scored_tokens_count():
     assert ReferenceSet(tokens=torch.zeros_like(labels), labels=labels).num_scored_tokens == 3
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 9])
-def test_batches_hold_every_example_once_in_order(batch_size):
-    tokens, labels = torch.arange(20).reshape(5, 4), torch.arange(20).reshape(5, 4) - 100
-    batches = ReferenceSet(tokens=tokens, labels=labels).batches(batch_size)
-    assert all(len(part) == len(answers) <= batch_size for part, answers in batches)
-    assert torch.equal(torch.cat([part for part, _ in batches]), tokens)
-    assert torch.equal(torch.cat([answers for _, answers in batches]), labels)
+RULES = DocumentRules(eot_id=0)
+
+
+@given(sizes=st.lists(st.integers(1, 12), max_size=20), capacity=st.integers(1, 15))
+@settings(max_examples=60, deadline=None)
+def test_first_fit(sizes, capacity):
+    bins = first_fit(sizes, capacity)
+    assert sorted(position for numbers in bins for position in numbers) == list(range(len(sizes)))
+    for number, numbers in enumerate(bins):
+        assert numbers == sorted(numbers)
+        assert sum(sizes[position] for position in numbers) <= capacity or len(numbers) == 1
+        for position in numbers:
+            for earlier in bins[:number]:
+                # No earlier bin had room when its turn came.
+                assert sum(sizes[other] for other in earlier if other < position) + sizes[position] > capacity
+
+
+@pytest.mark.parametrize(("num_tokens", "expected"), [(1, [[0], [1], [2]]), (8, [[0, 1], [2]]), (12, [[0, 1, 2]])])
+def test_batches_hold_every_example_once_in_order(num_tokens, expected):
+    tokens, labels = torch.arange(12).reshape(3, 4), torch.arange(12).reshape(3, 4) + 1
+    batches = ReferenceSet(tokens=tokens, labels=labels).batches(num_tokens, RULES)
+    assert [batch.tokens[0].tolist() for batch in batches] == [tokens[rows].reshape(-1).tolist() for rows in expected]
+    assert [batch.labels.tolist() for batch in batches] == [labels[rows].reshape(-1).tolist() for rows in expected]
+    assert [batch.segments.lengths for batch in batches] == [(4,) * len(rows) for rows in expected]
 
 
 def test_examples_of_several_lengths(tmp_path):
@@ -49,13 +69,21 @@ def test_examples_of_several_lengths(tmp_path):
     assert reference.labels.tolist() == [[11, 12, *[-100] * 4], [-100, -100, 13, -100, 15, -100], [11, *[-100] * 5]]
     assert reference.tokens.tolist() == [[10, 11, 0, 0, 0, 0], [10, 11, 12, 13, 14, 15], [10, 0, 0, 0, 0, 0]]
     assert reference.num_scored_tokens == 5
-    longest, others = reference.batches(1)[0], reference.batches(2)
-    assert longest[0].tolist() == [[10, 11, 12, 13, 14]], "nothing behind the last scored token is read"
-    assert [tokens.shape for tokens, _ in others] == [(2, 5), (1, 1)]
-    assert sum(int((labels >= 0).sum()) for _, labels in others) == 5
+    first, second = reference.batches(6, RULES)
+    assert first.tokens.tolist() == [[10, 11, 12, 13, 14, 10]], "longest first, nothing behind the last scored token"
+    assert first.position_ids.tolist() == [[0, 1, 2, 3, 4, 0]]
+    assert first.segments.lengths == (5, 1)
+    assert (first.scored.tolist(), first.labels.tolist()) == ([2, 4, 5], [13, 15, 11])
+    assert (second.tokens.tolist(), second.labels.tolist()) == ([[10, 11]], [11, 12])
 
 
-def test_an_example_without_scored_tokens_keeps_its_place():
+def test_an_example_without_scored_tokens_is_left_out():
     labels = torch.tensor([[-100, -100], [3, -100]])
-    batches = ReferenceSet(tokens=torch.zeros_like(labels), labels=labels).batches(2)
-    assert [tokens.shape for tokens, _ in batches] == [(2, 1)]
+    (batch,) = ReferenceSet(tokens=torch.tensor([[1, 1], [2, 2]]), labels=labels).batches(100, RULES)
+    assert (batch.tokens.tolist(), batch.labels.tolist()) == ([[2]], [3])
+
+
+def test_the_second_part_of_a_pool(tmp_path):
+    pool = make_pool(tmp_path, (5, 8, 3), samples=[np.arange(9) + row for row in range(16)])
+    assert load_reference(pool, 8, 4, CPU, first=3).tokens[:, 0].tolist() == [3, 4, 5, 6]
+    assert load_reference(pool, 8, 4, CPU, first=14).tokens[:, 0].tolist() == [14, 15]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_groupmates.model.batch import DocumentRules, document_inputs, training_batch
+from megatron_groupmates.model.batch import DocumentRules, document_inputs, pack, training_batch
 from megatron_groupmates.model.losses import IGNORED_LABEL, next_token_batch, token_losses
 from tests.common.distributed import run_ranks
 from tests.common.gpt_runs import SEQUENCE_LENGTH, VOCABULARY, one_rank, open_groups, tiny_config
@@ -170,3 +170,32 @@ def test_a_batch_without_a_scored_token_has_loss_zero_and_no_gradient(tmp_path) 
         loss.backward()
     assert loss.item() == 0.0 and torch.equal(logits.grad, torch.zeros_like(logits))
     assert next_token_batch(samples)[1].shape == batch.labels.shape
+
+
+@pytest.mark.parametrize("resets", [(False, False), (True, False), (False, True), (True, True)])
+@given(seed=st.integers(0, 10_000), lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_packed_samples_see_what_they_see_alone(resets, seed, lengths):
+    generator = torch.Generator().manual_seed(seed)
+    samples = [tuple(torch.randint(EOT, EOT + 3, (2, length), generator=generator)) for length in lengths]
+    samples = [(tokens, labels.masked_fill(labels == EOT, -100)) for tokens, labels in samples]
+    rules = DocumentRules(EOT, *resets)
+    batch = pack(samples, rules)
+    owner = torch.arange(len(batch.segments.lengths)).repeat_interleave(torch.tensor(batch.segments.lengths))
+    hidden = (owner[:, None] != owner) | torch.ones(len(owner), len(owner), dtype=torch.bool).triu(1)
+    expected_hidden, positions = torch.ones_like(hidden), []
+    start = 0
+    for tokens, _ in samples:
+        mask, position = document_inputs(tokens[None], rules)
+        length = len(tokens)
+        alone = torch.ones(length, length, dtype=torch.bool).triu(1) if mask is None else mask[0, 0]
+        expected_hidden[start : start + length, start : start + length] = alone
+        positions.append(torch.arange(length) if position is None else position[0])
+        start += length
+    assert torch.equal(hidden, expected_hidden)
+    assert torch.equal(batch.position_ids[0], torch.cat(positions))
+    assert batch.segments.max_seqlen_q == max(lengths) and batch.segments.cu_seqlens_q[-1] == start
+    labels = torch.full((start,), -100)
+    labels[batch.scored] = batch.labels
+    assert torch.equal(labels, torch.cat([answers for _, answers in samples]))
+    assert (batch.labels != -100).all()
