@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_groupmates.checkpoint.zero import ZeroCheckpoint
-from megatron_groupmates.influence.oracle import draw_random_rollouts, measure_rollout, measure_rollouts
+from megatron_groupmates.influence import flat
+from megatron_groupmates.influence.oracle import draw_random_rollouts, measure_rollouts
 from megatron_groupmates.influence.reference import load_reference
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.server.context import sample_reader
@@ -77,33 +78,56 @@ def test_the_probe_is_left_at_the_checkpoint(probe_and_reader, estimator):
 
 def test_exact_losses_are_those_of_the_steps_taken_one_by_one(probe_and_reader):
     probe, read_samples = probe_and_reader
-    samples = read_samples(np.array([1, 5, 7]))
-    losses = measure_rollout(probe, samples, RATE, "exact")
-    probe.restore()
+    rows = np.array([1, 5, 7])
+    forward, backward = measure_rollouts(probe, np.stack([rows, rows[::-1]]), read_samples, RATE, "exact")
     expected = [probe.reference_loss()]
-    for sample in samples:
+    for sample in read_samples(rows):
         probe.step(sample[None], RATE)
         expected.append(probe.reference_loss())
-    assert losses.tolist() == expected
+    assert forward.tolist() == expected
     # The order within a rollout matters: the first loss is the checkpoint's, the second the first sample's.
-    assert measure_rollout(probe, samples.flip(0), RATE, "exact")[0] == expected[0]
-    assert measure_rollout(probe, samples.flip(0), RATE, "exact")[1] != expected[1]
+    assert backward[0] == expected[0] and backward[1] != expected[1]
+
+
+def test_first_order_losses_are_the_gradient_times_each_change_added_up(probe_and_reader):
+    probe, read_samples = probe_and_reader
+    rows = np.array([2, 4, 6, 8])
+    found = measure_rollouts(probe, rows[None], read_samples, RATE, "first_order")[0]
+    gradient = torch.cat(probe.reference_gradient()).double()
+
+    def weights() -> torch.Tensor:
+        return torch.cat([part.master.detach().double() for part in probe._flat])
+
+    expected = [0.0]
+    for sample in read_samples(rows):
+        before = weights()
+        probe.step(sample[None], RATE)
+        expected.append(expected[-1] + float(gradient @ (weights() - before)))
+    np.testing.assert_allclose(found, expected, rtol=1e-11)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 200), st.integers(1, 70), st.integers(0, 2**31))
+def test_inner_products_in_parts(count, part, seed):
+    generator = torch.Generator().manual_seed(seed)
+    first, second, origin = (torch.randn(count, generator=generator) for _ in range(3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(flat._PART_ELEMENTS, "cpu", part)
+        products = flat.inner_product(first, second), flat.inner_product(first, second, origin)
+    expected = first.double() @ second.double(), first.double() @ (second.double() - origin.double())
+    assert all(product.dtype == torch.float64 for product in products)
+    torch.testing.assert_close(products, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_first_order_approaches_exact_at_a_tiny_learning_rate(probe_and_reader):
     probe, read_samples = probe_and_reader
-    probe.restore()
-    gradient = probe.reference_gradient()
+    rollouts = np.array([[1, 2, 4], [5, 7, 8], [9, 10, 11]])
     errors = []
     for rate in (1e-2, 1e-3, 1e-4):
-        exact, linear = [], []
-        for rows in ([1, 2, 4], [5, 7, 8], [9, 10, 11]):
-            samples = read_samples(np.array(rows))
-            losses = measure_rollout(probe, samples, rate, "exact")
-            exact.append(losses - losses[0])
-            linear.append(measure_rollout(probe, samples, rate, "first_order", gradient))
-        assert all(losses[0] == 0.0 for losses in linear)
-        errors.append(float(np.linalg.norm(np.subtract(exact, linear)) / np.linalg.norm(exact)))
+        exact, linear = (measure_rollouts(probe, rollouts, read_samples, rate, estimator) for estimator in ("exact", "first_order"))
+        exact -= exact[:, :1]
+        assert (linear[:, 0] == 0.0).all()
+        errors.append(float(np.linalg.norm(exact - linear) / np.linalg.norm(exact)))
     # The neglected term is quadratic in the step.
     assert errors[2] < 5e-2 and errors[2] < errors[1] < errors[0]
 
