@@ -14,16 +14,21 @@ import torch.distributed
 from torch import Tensor
 
 from megatron_groupmates.config.errors import UserError
+from megatron_groupmates.influence.dense import DenseTargets, dense_targets
 from megatron_groupmates.influence.labels import Standardiser
 from megatron_groupmates.influence.metrics import fit_metrics, pearson, spearman
 from megatron_groupmates.influence.relational import RelationalModel
 
 logger = logging.getLogger(__name__)
 
+Individual = tuple["Tensor | np.ndarray", np.ndarray]
+"""Dense labels: the encoder's features float32 ``[N, F]`` of samples, and each one's individual influence ``[N]``."""
+
 FitReport = dict[str, Any]
 """JSON object. ``relational``, ``individual`` and ``constant``: metrics of each model on the same held-out rollouts, in
 standardised label units. ``attempts``: one entry per fit of the relational model; ``accepted``: whether the last one
-passed the sign check; also the split's sizes, the relation's learned scalars, the seed and the settings."""
+passed the sign check; also the split's sizes, the relation's learned scalars, the seed and the settings, and
+``individual_labels``: how many dense labels were used, how many left out, and their scale (null without any)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,13 +91,14 @@ class FitResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Data:
-    """One split: features ``[n, T, F]`` and standardised targets ``[n, T]`` float32 of each part."""
+    """One split: features ``[n, T, F]`` and standardised targets ``[n, T]`` float32 of each part, and dense labels if any."""
 
     train_features: Tensor
     train_targets: Tensor
     held_out_features: Tensor
     held_out_targets: np.ndarray
     standardiser: Standardiser
+    dense: DenseTargets | None
 
 
 def split_rollouts(num_rollouts: int, settings: FitSettings, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -115,6 +121,7 @@ def fit_relational(
     seed: int,
     group: torch.distributed.ProcessGroup | None = None,
     progress: Callable[[int], None] | None = None,
+    individual: Individual | None = None,
 ) -> FitResult:
     """Fit the relational model and its baselines; deterministic for a seed.
 
@@ -127,18 +134,13 @@ def fit_relational(
             its share of every batch and gradients are summed, so the fit equals that of one rank up to rounding.
         progress: called with 1 after each epoch of each fit (``settings.epochs`` for each attempt, and as many for
             the individual baseline).
+        individual: dense labels, which enter training as rollouts of length one, scaled to ``labels`` by least squares;
+            those of samples in held-out rollouts do not.
 
     Raises:
         UserError: shapes that do not belong together, or fewer than four rollouts.
     """
-    features = torch.as_tensor(features, dtype=torch.float32)
-    labels = np.asarray(labels, np.float64)
-    if features.dim() != 3 or tuple(features.shape[:2]) != labels.shape:
-        raise UserError(
-            f"features have shape {list(features.shape)} and labels {list(labels.shape)}; "
-            "give [rollouts, steps, feature_dim] with [rollouts, steps]"
-        )
-    data = _split(features, labels, settings, seed)
+    data = _split(features, labels, settings, split_rollouts(len(labels), settings, seed), individual)
     attempts: list[dict[str, Any]] = []
     for attempt in range(settings.max_refits + 1):
         model, outcome = _train(settings.relation, data, settings, seed + attempt, group, progress)
@@ -161,22 +163,61 @@ def fit_relational(
         "relation": model.relation_values().to_json(),
         "train_rollouts": len(data.train_features),
         "held_out_rollouts": len(data.held_out_features),
+        "individual_labels": None if data.dense is None else data.dense.to_json(),
         "seed": seed,
         "settings": dataclasses.asdict(settings),
     }
     return FitResult(model=model if accepted else None, report=report)
 
 
-def _split(features: Tensor, labels: np.ndarray, settings: FitSettings, seed: int) -> _Data:
-    train, held_out = split_rollouts(len(labels), settings, seed)
+def held_out_spearman(
+    features: Tensor | np.ndarray,
+    labels: np.ndarray,
+    settings: FitSettings,
+    seed: int,
+    held_out: np.ndarray,
+    group: torch.distributed.ProcessGroup | None = None,
+    individual: Individual | None = None,
+) -> float:
+    """Spearman, at its best epoch, of one relational fit on the rollouts whose numbers are not in ``held_out`` int64 ``[H]``.
+
+    For comparing numbers of rollouts on the same held-out ones; the other arguments are those of :func:`fit_relational`.
+    Collective over ``group``.
+    """
+    train = np.setdiff1d(np.arange(len(labels)), held_out)
+    data = _split(features, labels, settings, (train, held_out), individual)
+    _, outcome = _train(settings.relation, data, settings, seed, group, None)
+    return max(outcome["held_out_spearman"])
+
+
+def _split(
+    features: Tensor | np.ndarray,
+    labels: np.ndarray,
+    settings: FitSettings,
+    split: tuple[np.ndarray, np.ndarray],
+    individual: Individual | None,
+) -> _Data:
+    """Data of a fit on the first, and held-out data of the second part of ``split``."""
+    features = torch.as_tensor(features, dtype=torch.float32)
+    labels = np.asarray(labels, np.float64)
+    if features.dim() != 3 or tuple(features.shape[:2]) != labels.shape:
+        raise UserError(
+            f"features have shape {list(features.shape)} and labels {list(labels.shape)}; "
+            "give [rollouts, steps, feature_dim] with [rollouts, steps]"
+        )
+    train, held_out = split
     standardiser = Standardiser.fit(labels[train], settings.standardisation)
     targets = standardiser.apply(labels).astype(np.float32)
+    dense = None
+    if individual is not None:
+        dense = dense_targets(*individual, (features[train], labels[train]), features[held_out], standardiser)
     return _Data(
         train_features=features[train],
         held_out_features=features[held_out],
         train_targets=torch.from_numpy(targets[train]).to(features.device),
         held_out_targets=targets[held_out],
         standardiser=standardiser,
+        dense=dense,
     )
 
 
@@ -205,8 +246,14 @@ def _train(
     best_state, best_spearman, best_epoch, curve = copy.deepcopy(model.state_dict()), -np.inf, 0, []
     for epoch in range(1, settings.epochs + 1):
         order = generator.permutation(num_rollouts)
-        for start in range(0, num_rollouts, settings.batch_rollouts):
-            _step(model, optimizer, data, order[start : start + settings.batch_rollouts], group)
+        # Each epoch takes every dense label once, spread over the steps that the rollouts make.
+        dense_order = generator.permutation(0 if data.dense is None else len(data.dense.targets))
+        for batch, dense_batch in zip(
+            np.array_split(order, range(settings.batch_rollouts, num_rollouts, settings.batch_rollouts)),
+            np.array_split(dense_order, steps_per_epoch),
+            strict=True,
+        ):
+            _step(model, optimizer, data, batch, dense_batch, group)
             schedule.step()
         value = _agree(spearman(_predict(model, data), data.held_out_targets), group)
         curve.append(value)
@@ -235,17 +282,28 @@ def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> floa
 
 
 def _step(
-    model: RelationalModel, optimizer: torch.optim.Optimizer, data: _Data, batch: np.ndarray, group: torch.distributed.ProcessGroup | None
+    model: RelationalModel,
+    optimizer: torch.optim.Optimizer,
+    data: _Data,
+    batch: np.ndarray,
+    dense_batch: np.ndarray,
+    group: torch.distributed.ProcessGroup | None,
 ) -> None:
-    """One optimizer step on the mean squared error over the whole batch. Collective over ``group``."""
+    """One optimizer step on the mean squared error over the whole batch. Collective over ``group``.
+
+    The dense labels' mean squared error counts as much as the rollouts', however many there are: only rollouts show relations.
+    """
     rank = 0 if group is None else torch.distributed.get_rank(group)
     size = 1 if group is None else torch.distributed.get_world_size(group)
-    mine = torch.from_numpy(batch[rank::size])
+    mine, dense_mine = torch.from_numpy(batch[rank::size]), torch.from_numpy(dense_batch[rank::size])
     optimizer.zero_grad(set_to_none=False)
     if len(mine):
         error = model(data.train_features[mine]) - data.train_targets[mine]
         # Divided by the whole batch's size, so that the sum over ranks is the batch's mean.
         (error.square().sum() / (len(batch) * error.shape[1])).backward()
+    if data.dense is not None and len(dense_mine):
+        error = model(data.dense.features[dense_mine].unsqueeze(1)).squeeze(1) - data.dense.targets[dense_mine]
+        (error.square().sum() / len(dense_batch)).backward()
     parameters = list(model.parameters())
     if group is not None:
         gradients = [torch.zeros_like(value) if value.grad is None else value.grad for value in parameters]

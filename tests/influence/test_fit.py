@@ -163,3 +163,51 @@ def test_bad_input_is_named() -> None:
 def test_settings_are_checked(change: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         dataclasses.replace(SETTINGS, **change)
+
+
+def planted_dense(num_samples: int = 600) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Features and noisy dense labels of samples, and 200 rollouts of them with features and noisier labels, at another scale."""
+    rng = np.random.default_rng(3)
+    features = rng.standard_normal((num_samples, 48)).astype(np.float32)
+    influence = features @ rng.standard_normal(48) / 48**0.5
+    rollouts = np.stack([rng.choice(num_samples, 4, replace=False) for _ in range(200)])
+    labels = 5.0 * influence[rollouts] + 4.0 * rng.standard_normal(rollouts.shape) + np.arange(4)
+    return features, influence + 0.3 * rng.standard_normal(num_samples), features[rollouts], labels
+
+
+def test_dense_labels_improve_the_fit_when_rollouts_are_few() -> None:
+    features, dense, rollout_features, labels = planted_dense(2000)
+    settings = dataclasses.replace(SETTINGS, relation="product", epochs=20, embedding_dim=16)
+    held_out = np.arange(15, 200)
+    alone = fit.held_out_spearman(rollout_features, labels, settings, 0, held_out)
+    # Labels of all samples: those of the training rollouts scale them, those of the held-out rollouts are left out.
+    together = fit.held_out_spearman(rollout_features, labels, settings, 0, held_out, individual=(features, dense))
+    assert together > alone + 0.1
+
+
+def test_dense_labels_are_scaled_by_least_squares_and_leave_held_out_samples_out() -> None:
+    features, dense, rollout_features, labels = planted_dense()
+    result = fit_relational(rollout_features, labels, dataclasses.replace(SETTINGS, epochs=2), 0, individual=(features, dense))
+    train, held_out = split_rollouts(200, SETTINGS, 0)
+    report = result.report["individual_labels"]
+    names = {row.tobytes(): number for number, row in enumerate(features)}
+    numbers = np.array([[names[row.tobytes()] for row in rollout] for rollout in rollout_features])
+    assert report["left_out"] == len(np.unique(numbers[held_out])) and report["labels"] == 600 - report["left_out"]
+    x = dense[numbers[train]] - dense[numbers[train]].mean()
+    y = labels[train] - labels[train].mean(axis=0)
+    assert report["slope"] == pytest.approx(np.linalg.lstsq(x.reshape(-1, 1), y.ravel(), rcond=None)[0][0])
+    assert fit_relational(rollout_features, labels, SETTINGS, 0).report["individual_labels"] is None
+
+
+@pytest.mark.parametrize(
+    ("individual", "message"),
+    [
+        ((np.ones((5, 16), np.float32), np.ones(4)), r"individual features have shape \[5, 16\] and labels \[4\]; give \[samples, 16\]"),
+        ((np.ones((2, 16), np.float32), np.array([1.0, np.nan])), "1 of 2 individual labels are not finite"),
+        ((np.ones((2, 16), np.float32), np.ones(2)), "none of the training rollouts' samples has an individual label"),
+    ],
+)
+def test_bad_dense_labels_are_named(individual: tuple[np.ndarray, np.ndarray], message: str) -> None:
+    features, labels = planted(20)
+    with pytest.raises(UserError, match=message):
+        fit_relational(features, labels, SETTINGS, 0, individual=individual)
