@@ -134,6 +134,7 @@ def _check_selection(config: Config) -> None:
             ("relational.standardisation", config.relational.standardisation, "pooled"),
             ("relational.relation", config.relational.relation, "product"),
             ("oracle.estimator", config.oracle.estimator, "exact"),
+            ("oracle.budget", config.oracle.budget, "fixed"),
         ):
             if value not in ("auto", paper):
                 raise UserError(f"{path}: {value!r} is not the paper's choice ({paper!r}); use it with selection.recipe=default")

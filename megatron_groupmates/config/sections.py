@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -191,22 +192,46 @@ class SelectionConfig:
 class OracleConfig:
     """Oracle data influences measured from the checkpoint (paper section 3.1)."""
 
-    estimator: Literal["exact", "first_order"] = setting(
+    estimator: Literal["exact", "first_order", "directional"] = setting(
         "exact",
-        "exact: reference loss after every step; first_order: reference gradient times parameter change, about 9x cheaper",
+        "exact: reference loss after every step; first_order: reference gradient times parameter change, about 9x cheaper; "
+        "directional: each candidate's loss along the reference gradient, no steps, beside exact rollouts for the relations",
+    )
+    estimator_floor: float = setting(
+        0.5, "rank correlation with exact increments below which a round falls back to exact", minimum=-1.0, maximum=1.0
+    )
+    validation_share: float = setting(
+        0.05, "share of random rollouts that a cheaper estimator also measures exactly, each round", minimum=0.001, maximum=0.5
     )
     rollout_length: int = setting(10, "steps per rollout (T)", minimum=2)
     num_random_rollouts: int = setting(20000, "random rollouts per round", minimum=4)
+    budget: Literal["fixed", "adaptive"] = setting(
+        "fixed", "fixed: num_random_rollouts (the paper's); adaptive: at most so many, until the held-out fit stops improving"
+    )
+    budget_batch: int = setting(128, "adaptive budget: random rollouts between fits", minimum=4)
+    budget_patience: int = setting(3, "adaptive budget: batches without a better held-out Spearman before collection stops", minimum=1)
     num_bootstrap_rollouts: int = setting(20000, "bootstrap rollouts per round, half lowest and half highest", minimum=0)
     num_candidates: int = setting(81920, "samples the rollouts are drawn from", minimum=16)
     reference_samples: int = setting(128, "reference examples used, from the first", minimum=1)
-    reference_batch_size: int = setting(16, "reference examples per forward pass", minimum=1, may_change=True)
+    reference_batch_size: int = setting(
+        16, "reference tokens per forward pass, in sequences of model.sequence_length", minimum=1, may_change=True
+    )
     learning_rate: float | None = setting(
         None, "learning rate of the oracle steps; the schedule's at the checkpoint when unset", minimum=0.0
+    )
+    noise_rollouts: int = setting(
+        0, "rollouts measured exactly against a second, disjoint reference set to show the labels' noise; 0: none", minimum=0
+    )
+    noise_learning_rate: float | None = setting(
+        None, "second learning rate at which the noise is shown; a tenth of the oracle's when unset", minimum=0.0
     )
     chunk_rollouts: int = setting(
         16, "rollouts each worker finishes between saves: what a killed server may lose", minimum=1, may_change=True
     )
+
+    def validation_rollouts(self, collected: int) -> int:
+        """Of so many random rollouts, those that ``first_order`` measures exactly too: their share, and at least 4."""
+        return min(collected, max(4, math.ceil(self.validation_share * collected)))
 
 
 @dataclass(frozen=True, kw_only=True)

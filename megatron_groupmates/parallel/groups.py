@@ -82,6 +82,23 @@ class ParallelGroups:
         else:
             dist.barrier()
 
+    def add_to_counter(self, name: str, amount: int) -> int:
+        """Add to a number that all ranks share, 0 at first, and return it. Not collective; atomic."""
+        return dist.distributed_c10d._get_default_store().add(name, amount)
+
+    def take_number(self, name: str) -> int:
+        """The next of the numbers 0, 1, ...: each goes to one tensor-parallel group. Its ranks call together; groups need not.
+
+        Args:
+            name: of the sequence; another for each use.
+        """
+        number = torch.zeros((), dtype=torch.int64, device=self.device)
+        if self.tensor_rank == 0:
+            number.fill_(self.add_to_counter(name, 1) - 1)
+        if self.tensor_size > 1:
+            dist.broadcast(number, src=self.get_tensor_model_parallel_src_rank(), group=self.tensor_group)
+        return int(number)
+
     # What DeepSpeed asks of an mpu.
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         """The tensor-parallel group."""

@@ -27,6 +27,7 @@ from megatron_groupmates.pool.reader import PoolReader
 from megatron_groupmates.pool.references.examples import held_out_fingerprint
 from megatron_groupmates.server.recipe import Recipe, resolve_recipe
 from megatron_groupmates.utils.files import atomic_file, read_json, sha256_json, write_json
+from megatron_groupmates.utils.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,12 @@ class RoundInput:
 
 
 class RoundContext:
-    """One round's directory, data and bookkeeping. Methods marked collective are called by every rank."""
+    """One round's directory, data and bookkeeping. Methods marked collective are called by every rank.
+
+    Attributes:
+        stopwatch: times the probe's work.
+        rates: of the stage at work, recorded with its costs.
+    """
 
     def __init__(self, config: Config, groups: ParallelGroups, pool: PoolIndex, given: RoundInput, exclusion: Exclusion) -> None:
         self.config = config
@@ -70,6 +76,8 @@ class RoundContext:
         self.directory = self.paths.round(given.number)
         self.size: ModelSize = model_size(config)
         self.read_samples = sample_reader(pool, groups.device, config.model.sequence_length)
+        self.stopwatch = Stopwatch()
+        self.rates: dict[str, Any] = {}
 
     def seed(self, purpose: str) -> int:
         """A seed of its own for each purpose in each round."""
@@ -151,15 +159,15 @@ class RoundContext:
 
     @contextlib.contextmanager
     def bookkeeping(self, name: str, flops: float) -> Iterator[None]:
-        """Announce a stage, and record its seconds and FLOPs when it is done."""
+        """Announce a stage, and record its seconds, FLOPs and the :attr:`rates` it left when it is done."""
         logger.info("round %d: %s", self.input.number, name.replace("_", " "))
         write_server_state(self, name)
-        started = time.monotonic()
+        started, self.rates = time.monotonic(), {}
         yield
         if self.groups.is_main:
             write_json(
                 self.directory / f"{name}.stage.json",
-                {"seconds": round(time.monotonic() - started, 3), "flops": float(flops)},
+                {"seconds": round(time.monotonic() - started, 3), "flops": float(flops), **self.rates},
             )
 
     def stage_costs(self) -> dict[str, Any]:
@@ -184,8 +192,8 @@ def num_inputs(context: RoundContext, pool: PoolIndex, rows: np.ndarray) -> int:
     return int(np.minimum(pool.lengths[rows] - 1, context.config.model.sequence_length).sum(dtype=np.int64))
 
 
-def write_server_state(context: RoundContext, stage: str) -> None:
-    """Tell ``status`` where the server stands. Does nothing but on the main rank."""
+def write_server_state(context: RoundContext, stage: str, **progress: Any) -> None:
+    """Tell ``status`` where the server stands, and how far the stage has come. Does nothing but on the main rank."""
     record_server_state(
         context.paths,
         context.groups,
@@ -193,6 +201,7 @@ def write_server_state(context: RoundContext, stage: str) -> None:
         round=context.input.number,
         stage=stage,
         checkpoint_tag=context.input.tag,
+        **progress,
     )
 
 

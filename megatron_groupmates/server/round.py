@@ -13,7 +13,6 @@ from megatron_groupmates import __version__
 from megatron_groupmates.checkpoint.zero import ZeroCheckpoint
 from megatron_groupmates.config import Config, UserError, config_to_dict, server_tensor_parallel_size
 from megatron_groupmates.influence.encoder import Encoder, HuggingFaceEncoder, ProbeEncoder
-from megatron_groupmates.influence.oracle import draw_random_rollouts
 from megatron_groupmates.influence.probe import Probe
 from megatron_groupmates.influence.reference import load_reference
 from megatron_groupmates.influence.relational import RelationalModel
@@ -23,16 +22,10 @@ from megatron_groupmates.parallel import resolve_precision
 from megatron_groupmates.pool.generation import generation_path, load_generation, publish, write_generation
 from megatron_groupmates.pool.index import TOKENIZER_FILE, PoolIndex
 from megatron_groupmates.server.context import RoundContext
+from megatron_groupmates.server.learning import ORACLE_FILE, learn_influence
 from megatron_groupmates.server.selecting import select_generation
-from megatron_groupmates.server.stages import (
-    choose_candidates,
-    draw_bootstrap,
-    embed_pool,
-    encode,
-    fit_model,
-    last_good_model,
-    measure_oracles,
-)
+from megatron_groupmates.server.stages import embed_pool, encode
+from megatron_groupmates.utils.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -66,44 +59,9 @@ def run_round(context: RoundContext, reference_pool: PoolIndex, consumed: np.nda
         reference = encode(context, encoder, reference_pool, examples, "reference")
         return _finish(context, available, None, {}, reference)
 
-    model, fit = learn_influence(context, probe, encoder, available)
+    model, fit = learn_influence(context, probe, encoder, reference_pool, available)
     embed_pool(context, encoder, model, available)
     return _finish(context, available, model, fit)
-
-
-def learn_influence(context: RoundContext, probe: Probe, encoder: Encoder, available: np.ndarray) -> tuple[RelationalModel, dict[str, Any]]:
-    """Random oracles, ``init`` fit, bootstrap oracles, ``final`` fit (paper sections 3.1 to 3.3). Collective.
-
-    Returns:
-        The model to select with and the reports of both fits.
-
-    Raises:
-        UserError: every fit was refused and no earlier round left a good model.
-    """
-    oracle = context.config.oracle
-    candidates = choose_candidates(context, available)
-    features = encode(context, encoder, context.pool, candidates, "candidates")
-
-    rollouts = draw_random_rollouts(oracle.num_random_rollouts, oracle.rollout_length, len(candidates), context.seed("random rollouts"))
-    losses = measure_oracles(context, "oracle_random", probe, candidates, rollouts)
-    model, init_report = fit_model(context, "init", features, rollouts, losses)
-    reports = {"init": init_report}
-
-    if model is not None and oracle.num_bootstrap_rollouts:
-        bootstrap = draw_bootstrap(context, model, features)
-        more = measure_oracles(context, "oracle_bootstrap", probe, candidates, bootstrap)
-        rollouts, losses = np.concatenate([rollouts, bootstrap]), np.concatenate([losses, more])
-    final, reports["final"] = fit_model(context, "final", features, rollouts, losses)
-    if final is not None:
-        return final, reports
-    earlier = last_good_model(context)
-    if earlier is None:
-        raise UserError(
-            "every fit of the relational model has the wrong sign on held-out rollouts, and there is no earlier model to fall "
-            "back on; raise oracle.num_random_rollouts or lower oracle.learning_rate"
-        )
-    logger.warning("round %d: every fit was refused; selecting with the last good model, %s", context.input.number, earlier[1])
-    return earlier[0], {**reports, "fell_back_on": str(earlier[1].relative_to(context.paths.root))}
 
 
 def load_probe(context: RoundContext, reference_pool: PoolIndex) -> tuple[Probe, Encoder]:
@@ -114,7 +72,7 @@ def load_probe(context: RoundContext, reference_pool: PoolIndex) -> tuple[Probe,
         model = build_gpt(config, groups, server_tensor_parallel_size(config), resolve_precision(config.training.precision))
         reference = load_reference(reference_pool, config.model.sequence_length, config.oracle.reference_samples, groups.device)
         rules = DocumentRules.of(config, context.pool.eot_id)
-        probe = Probe(model, config, groups, reference, config.oracle.reference_batch_size, rules)
+        probe = Probe(model, config, groups, reference, config.oracle.reference_batch_size, rules, context.stopwatch)
         probe.load(ZeroCheckpoint(context.input.tag_dir))
         return probe, build_encoder(config, model, context.pool, groups.device)
 
@@ -150,6 +108,8 @@ def _finish(
     """Select, write the generation with its provenance, publish."""
     reports = select_generation(context, available, model.relation_values() if model else None, reference_features)
 
+    oracle = context.directory / ORACLE_FILE
+
     def write() -> None:
         provenance = {
             "method": context.config.selection.method,
@@ -164,6 +124,7 @@ def _finish(
             "config": config_to_dict(context.config),
             "stages": context.stage_costs(),
             "fit": fit,
+            "oracle": read_json(oracle) if oracle.exists() else None,
             **reports,
         }
         write_generation(context.paths.selection, context.input.number, context.pool, context.arrays("selection")["rows"], provenance)

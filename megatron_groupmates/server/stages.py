@@ -12,15 +12,15 @@ import torch.distributed as dist
 from megatron_groupmates.config import learning_rate
 from megatron_groupmates.influence.bootstrap import bootstrap_rollouts
 from megatron_groupmates.influence.encoder import Encoder, encode_rows
-from megatron_groupmates.influence.fit import FitReport, FitResult, fit_relational
+from megatron_groupmates.influence.fit import FitReport, FitResult, FitSettings, fit_relational
 from megatron_groupmates.influence.labels import influence_labels
 from megatron_groupmates.influence.oracle import measure_rollouts
 from megatron_groupmates.influence.probe import Probe
 from megatron_groupmates.influence.relational import RelationalModel
 from megatron_groupmates.pool.index import PoolIndex
+from megatron_groupmates.server.chunks import Chunks
 from megatron_groupmates.server.context import Arrays, RoundContext, num_inputs, sample_reader
-from megatron_groupmates.utils.files import atomic_file, read_json, write_json
-from megatron_groupmates.utils.progress import progress_bar
+from megatron_groupmates.utils.files import read_json, write_json
 
 _EMBED_CHUNK_ROWS = 8192
 
@@ -39,33 +39,49 @@ def oracle_learning_rate(context: RoundContext) -> float:
     return learning_rate(context.config, context.input.step + 1) if own is None else own
 
 
-def measure_oracles(context: RoundContext, name: str, probe: Probe, candidates: np.ndarray, rollouts: np.ndarray) -> np.ndarray:
-    """Reference losses float64 ``[R, T + 1]`` of ``rollouts`` (candidate numbers int64 ``[R, T]``).
+def step_tokens(context: RoundContext, candidates: np.ndarray, evaluated: int) -> tuple[float, float]:
+    """Tokens of one step of a rollout on a sample of the ``candidates``: what the model reads, and how many forward passes that is worth.
 
-    Each oracle worker takes every ``workers``-th chunk and writes it when done; chunks an earlier run wrote are not
-    measured again. A rollout's numbers do not depend on who measures it.
+    ``evaluated`` tokens are read after the step; a training step costs three forward passes.
+    """
+    sample = num_inputs(context, context.pool, candidates) / len(candidates)
+    return sample + evaluated, 3 * sample + evaluated
+
+
+def measure_oracles(
+    context: RoundContext, name: str, probe: Probe, candidates: np.ndarray, rollouts: np.ndarray, estimator: str
+) -> np.ndarray:
+    """Reference losses float64 ``[R, T + 1]`` of ``rollouts`` (candidate numbers int64 ``[R, T]``) by ``exact`` or ``first_order``.
+
+    Oracle workers share the rollouts by chunks and write each when it is done; what an earlier run wrote is not measured
+    again. A rollout's numbers do not depend on who measures it.
     """
     oracle = context.config.oracle
-    reference_tokens = oracle.reference_samples * context.config.model.sequence_length
-    step_flops = 3 * context.size.forward_flops_per_token * num_inputs(context, context.pool, candidates) / len(candidates)
-    if oracle.estimator == "exact":
-        step_flops += context.size.forward_flops_per_token * reference_tokens
 
-    def measure(first: int, done: Callable[[int], object]) -> Arrays:
-        part = rollouts[first : first + oracle.chunk_rollouts]
+    def measure(first: int, stop: int, done: Callable[[int], object]) -> Arrays:
         return {
             "losses": measure_rollouts(
                 probe,
-                part,
+                rollouts[first:stop],
                 lambda numbers: context.read_samples(candidates[numbers]),
                 oracle_learning_rate(context),
-                oracle.estimator,
+                estimator,
                 done,
             )
         }
 
     chunks = Chunks(context, name, len(rollouts), oracle.chunk_rollouts)
-    context.stage(name, chunks.collect, lambda: chunks.work(measure, "rollout"), flops=float(rollouts.size * step_flops))
+
+    def collect() -> Arrays:
+        return {**chunks.collect(), "estimator": np.array(estimator)}
+
+    tokens, forward_tokens = step_tokens(context, candidates, probe.num_reference_tokens if estimator == "exact" else 0)
+    context.stage(
+        name,
+        collect,
+        lambda: chunks.work(measure, "rollout", rollouts.shape[1] * tokens),
+        flops=rollouts.size * context.size.forward_flops_per_token * forward_tokens,
+    )
     return context.arrays(name)["losses"]
 
 
@@ -74,8 +90,8 @@ def encode(context: RoundContext, encoder: Encoder, pool: PoolIndex, rows: np.nd
     read_samples = sample_reader(pool, context.groups.device, context.config.model.sequence_length)
     batch_size = context.config.server.embed_batch_size
 
-    def encode_chunk(first: int, done: Callable[[int], object]) -> Arrays:
-        part = rows[first : first + _EMBED_CHUNK_ROWS]
+    def encode_chunk(first: int, stop: int, done: Callable[[int], object]) -> Arrays:
+        part = rows[first:stop]
         return {"features": encode_rows(encoder, part, pool.lengths[part], read_samples, batch_size, done)}
 
     chunks = Chunks(context, name, len(rows), _EMBED_CHUNK_ROWS)
@@ -84,18 +100,21 @@ def encode(context: RoundContext, encoder: Encoder, pool: PoolIndex, rows: np.nd
 
 
 def fit_model(
-    context: RoundContext, name: str, features: np.ndarray, rollouts: np.ndarray, losses: np.ndarray
+    context: RoundContext, name: str, features: np.ndarray, rollouts: np.ndarray, losses: np.ndarray, dense: np.ndarray | None
 ) -> tuple[RelationalModel | None, FitReport]:
-    """Fit on ``rollouts`` with ``losses``; None when every fit came out with the wrong sign. Kept as ``<name>/``."""
+    """Fit on ``rollouts`` with ``losses``; None when every fit came out with the wrong sign. Kept as ``<name>/``.
+
+    ``dense`` labels of all candidates, ``[num_candidates]``, enter as rollouts of length one.
+    """
     directory = context.directory / name
     if not context.groups.broadcast_object((directory / "report.json").exists()):
         settings = context.recipe.fit
-        flops = 6.0 * rollouts.size * settings.epochs * features.shape[1] * (settings.embedding_dim or 1)
-        with context.bookkeeping(name, flops):
+        with context.bookkeeping(name, fit_flops(settings, rollouts, features)):
             labels = influence_labels(losses, context.recipe.labels, context.config.optimizer.beta1)
             # On the groups' device: NCCL sums no gradients that lie in host memory.
             inputs = torch.from_numpy(features[rollouts]).to(context.groups.device)
-            result: FitResult = fit_relational(inputs, labels, settings, context.seed("fit"), dist.group.WORLD)
+            individual = None if dense is None else (features, dense)
+            result: FitResult = fit_relational(inputs, labels, settings, context.seed("fit"), dist.group.WORLD, individual=individual)
             if context.groups.is_main:
                 directory.mkdir(parents=True, exist_ok=True)
                 if result.model is not None:
@@ -106,8 +125,13 @@ def fit_model(
     return (RelationalModel.load(directory) if report["accepted"] else None), report
 
 
-def draw_bootstrap(context: RoundContext, model: RelationalModel, features: np.ndarray) -> np.ndarray:
-    """Bootstrap rollouts int64 ``[R, T]`` (candidate numbers) that the model predicts to be best and worst (paper section 3.3)."""
+def fit_flops(settings: FitSettings, rollouts: np.ndarray, features: np.ndarray) -> float:
+    """Of one fit to ``rollouts`` of samples with ``features``."""
+    return 6.0 * rollouts.size * settings.epochs * features.shape[1] * (settings.embedding_dim or 1)
+
+
+def draw_bootstrap(context: RoundContext, model: RelationalModel, features: np.ndarray, count: int) -> np.ndarray:
+    """At most ``count`` rollouts int64 ``[R, T]`` (candidate numbers) that the model predicts best and worst (paper section 3.3)."""
 
     def collect() -> Arrays:
         embeddings, individual = embed_features(model, features)
@@ -116,7 +140,7 @@ def draw_bootstrap(context: RoundContext, model: RelationalModel, features: np.n
                 embeddings,
                 individual,
                 model.relation_values(),
-                context.config.oracle.num_bootstrap_rollouts,
+                count,
                 context.config.oracle.rollout_length,
                 context.recipe.bootstrap,
                 context.seed("bootstrap"),
@@ -140,8 +164,8 @@ def embed_pool(context: RoundContext, encoder: Encoder, model: RelationalModel |
     Without a model (similarity to the reference) the embeddings are the encoder's features, float32, and the influences zero.
     """
 
-    def embed(first: int, done: Callable[[int], object]) -> Arrays:
-        part = rows[first : first + _EMBED_CHUNK_ROWS]
+    def embed(first: int, stop: int, done: Callable[[int], object]) -> Arrays:
+        part = rows[first:stop]
         lengths, batch_size = context.pool.lengths[part], context.config.server.embed_batch_size
         features = encode_rows(encoder, part, lengths, context.read_samples, batch_size, done)
         if model is None:
@@ -164,39 +188,3 @@ def last_good_model(context: RoundContext) -> tuple[RelationalModel, Path] | Non
 
 def _encoding_flops(context: RoundContext, pool: PoolIndex, rows: np.ndarray) -> float:
     return float(num_inputs(context, pool, rows) * context.size.forward_flops_per_token)
-
-
-class Chunks:
-    """Work cut into chunks that oracle workers share; each is written when done, so that a killed server loses little."""
-
-    def __init__(self, context: RoundContext, name: str, total: int, size: int) -> None:
-        """Chunks of ``size`` of ``total`` items, kept in the round's directory ``name``."""
-        self._context, self._name, self._total, self._size = context, name, total, size
-        self._paths = {first: context.directory / name / f"chunk-{first // size:06d}.npz" for first in range(0, total, size)}
-
-    def work(self, compute: Callable[[int, Callable[[int], object]], Arrays], unit: str) -> None:
-        """Compute what is missing. Collective.
-
-        Args:
-            compute: (first item, call with the number of items done) -> arrays; all ranks of a tensor-parallel group call it together.
-            unit: name of one item.
-        """
-        groups = self._context.groups
-        done = groups.broadcast_object({first for first, path in self._paths.items() if path.exists()})
-        mine = [first for number, first in enumerate(self._paths) if number % groups.data_size == groups.data_rank and first not in done]
-        amount = sum(min(self._size, self._total - first) for first in mine)
-        label = f"round {self._context.input.number}: {self._name.replace('_', ' ')}"
-        with progress_bar(amount, label, unit=unit, enabled=groups.is_main and amount > 0) as bar:
-            for first in mine:
-                arrays = compute(first, bar.update)
-                if groups.tensor_rank == 0:
-                    with atomic_file(self._paths[first]) as file:
-                        np.savez(file, **arrays)
-
-    def collect(self) -> Arrays:
-        """All chunks in order, joined."""
-        parts = []
-        for path in self._paths.values():
-            with np.load(path) as content:
-                parts.append({key: content[key] for key in content.files})
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}

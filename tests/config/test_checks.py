@@ -58,6 +58,7 @@ from tests.common.configs import tiny_config
         ),
         ({"selection": {"recipe": "paper"}, "relational": {"relation": "additive"}}, ["relational.relation: 'additive'", "'product'"]),
         ({"selection": {"recipe": "paper"}, "oracle": {"estimator": "first_order"}}, ["oracle.estimator: 'first_order'", "'exact'"]),
+        ({"selection": {"recipe": "paper"}, "oracle": {"budget": "adaptive"}}, ["oracle.budget: 'adaptive'", "'fixed'"]),
         ({"oracle": {"num_candidates": 16, "rollout_length": 17}}, ["oracle.num_candidates: 16", "oracle.rollout_length 17"]),
     ],
 )

@@ -1,0 +1,102 @@
+"""Learning influences in a round: random oracles, ``init`` fit, bootstrap oracles, ``final`` fit."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from megatron_groupmates.config import UserError
+from megatron_groupmates.influence.encoder import Encoder
+from megatron_groupmates.influence.probe import Probe
+from megatron_groupmates.influence.relational import RelationalModel
+from megatron_groupmates.pool.index import PoolIndex
+from megatron_groupmates.server.collecting import collect_random
+from megatron_groupmates.server.context import RoundContext
+from megatron_groupmates.server.estimating import open_oracle, validate
+from megatron_groupmates.server.noise import measure_noise
+from megatron_groupmates.server.stages import (
+    choose_candidates,
+    draw_bootstrap,
+    encode,
+    fit_model,
+    last_good_model,
+    measure_oracles,
+    oracle_learning_rate,
+)
+from megatron_groupmates.utils.files import write_json
+
+logger = logging.getLogger(__name__)
+
+ORACLE_FILE = "oracle.json"
+"""In the round's directory: what influences were measured with, how good it was, and how much of it was measured."""
+
+
+def learn_influence(
+    context: RoundContext, probe: Probe, encoder: Encoder, reference_pool: PoolIndex, available: np.ndarray
+) -> tuple[RelationalModel, dict[str, Any]]:
+    """Random oracles, ``init`` fit, bootstrap oracles, ``final`` fit (paper sections 3.1 to 3.3). Collective.
+
+    Leaves ``oracle.json``.
+
+    Returns:
+        The model to select with and the reports of both fits.
+
+    Raises:
+        UserError: every fit was refused and no earlier round left a good model.
+    """
+    candidates = choose_candidates(context, available)
+    features = encode(context, encoder, context.pool, candidates, "candidates")
+
+    oracle = open_oracle(context, probe, candidates)
+    rollouts, losses, budget = collect_random(context, probe, candidates, features, oracle)
+    validation = validate(context, probe, candidates, rollouts, losses, oracle)
+    if validation is not None and validation["fell_back"]:
+        oracle = oracle.fall_back()
+        rollouts, losses, budget = collect_random(context, probe, candidates, features, oracle)
+    noise = measure_noise(context, probe, reference_pool, candidates, rollouts)
+    num_random, num_bootstrap = len(rollouts), 0
+    model, init_report = fit_model(context, "init", features, rollouts, losses, oracle.dense)
+    reports = {"init": init_report}
+
+    wanted = context.config.oracle.num_bootstrap_rollouts
+    if context.config.oracle.budget == "adaptive":
+        wanted = min(wanted, num_random)
+    if model is not None and wanted:
+        bootstrap = draw_bootstrap(context, model, features, wanted)
+        name = oracle.rollout_stage("oracle_bootstrap")
+        more = measure_oracles(context, name, probe, candidates, bootstrap, oracle.rollout_estimator)
+        rollouts, losses, num_bootstrap = np.concatenate([rollouts, bootstrap]), np.concatenate([losses, more]), len(bootstrap)
+    facts = {
+        "estimator": oracle.estimator,
+        "requested": context.config.oracle.estimator,
+        "learning_rate": oracle_learning_rate(context),
+        "rollouts": {"random": num_random, "bootstrap": num_bootstrap},
+        "validation": validation,
+        "budget": budget,
+        "noise": noise,
+    }
+    context.on_main(lambda: _keep(context, facts))
+    final, reports["final"] = fit_model(context, "final", features, rollouts, losses, oracle.dense)
+    if final is not None:
+        return final, reports
+    return _last_good_model(context, reports)
+
+
+def _keep(context: RoundContext, facts: dict[str, Any]) -> None:
+    """Write ``oracle.json`` unless an earlier run of the round did."""
+    path = context.directory / ORACLE_FILE
+    if not path.exists():
+        write_json(path, facts)
+
+
+def _last_good_model(context: RoundContext, reports: dict[str, Any]) -> tuple[RelationalModel, dict[str, Any]]:
+    earlier = last_good_model(context)
+    if earlier is None:
+        raise UserError(
+            "every fit of the relational model has the wrong sign on held-out rollouts, and there is no earlier model to fall "
+            "back on; raise oracle.num_random_rollouts or lower oracle.learning_rate"
+        )
+    logger.warning("round %d: every fit was refused; selecting with the last good model, %s", context.input.number, earlier[1])
+    return earlier[0], {**reports, "fell_back_on": str(earlier[1].relative_to(context.paths.root))}
