@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def _status(options: argparse.Namespace) -> int:
     if facts["skipped_samples"]:
         print(f"           {facts['skipped_samples']} samples could not be read and were left out: {paths.skipped_samples}")
     if config.selection.enabled:
-        where = f", round {server['round']}: {server['stage'].replace('_', ' ')}" if "stage" in server else ""
+        where = f", round {server['round']}: {stage_text(server['stage'])}{progress_text(server)}" if "stage" in server else ""
         age = f" ({time.time() - server['updated']:.0f} s ago)" if "updated" in server else ""
         print(f"server     {server['state']}{where}{age}")
         published = facts["published_generation"]
@@ -103,6 +104,30 @@ def _status(options: argparse.Namespace) -> int:
         for failure in facts["failures"]:
             print(f"           round on {failure['checkpoint_tag']} failed: {failure['reason']}")
     return 0
+
+
+def stage_text(stage: str) -> str:
+    """A stage's name for people; the batches of an adaptive budget, numbered from 0 in files, count from 1."""
+    numbered = re.sub(r"\.batch-(\d+)", lambda match: f".batch {int(match[1]) + 1}", stage)
+    return numbered.replace("_", " ").replace(".", ", ")
+
+
+def progress_text(server: dict[str, Any]) -> str:
+    """How far the server's stage is, with its speed and the time left; empty where the server does not say."""
+    if server.get("total") is None:
+        return ""
+    parts = [f"{server['done']:,} of {server['total']:,} {server['unit'].removesuffix('s')}s"]
+    if server.get("per_second"):
+        parts.append(f"{server['per_second']:,.1f}/s")
+    if server.get("eta_seconds") is not None:
+        parts.append(f"{_duration(server['eta_seconds'])} left")
+    return ": " + ", ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _number(value: float | None) -> str:

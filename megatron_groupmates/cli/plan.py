@@ -6,11 +6,22 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_groupmates.cli.job_commands import add_config_options, read_config
+from megatron_groupmates.cli.oracle_costs import (
+    Rates,
+    ReferenceTokens,
+    find_rates,
+    format_oracle_costs,
+    oracle_costs,
+    oracle_tokens,
+    read_rates,
+    reference_tokens,
+)
 from megatron_groupmates.config import Config, check_world_size, refresh_steps
 from megatron_groupmates.model.sizes import model_size, training_bytes_per_gpu
 from megatron_groupmates.pool.contexts import choose_packing
@@ -54,6 +65,13 @@ def add_commands(commands: Any) -> None:
         metavar="T",
         help="sustained TFLOP/s per GPU (default 400: an H100 or H200 in bf16 at about 40 %% of its peak)",
     )
+    parser.add_argument(
+        "--rates",
+        type=Path,
+        metavar="RUN",
+        help="run directory of the same model whose finished rounds say how fast its server measures (default: the config's own run, "
+        "where it has any)",
+    )
     parser.add_argument("--no-data", action="store_true", help="do not open the pools: check the config alone")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.set_defaults(handler=_plan)
@@ -67,14 +85,18 @@ def _plan(options: argparse.Namespace) -> int:
         server_gpus=options.server_gpus or config.server.tensor_model_parallel_size or tensor,
         flops_per_second=options.tflops * 1e12,
     )
-    pool = None if options.no_data else check_pools(config)
-    facts = make_plan(config, hardware, pool)
+    pool, reference = (None, None) if options.no_data else check_pools(config)
+    rates = read_rates(options.rates, config) if options.rates else find_rates(config)
+    facts = make_plan(config, hardware, pool, reference, rates)
     print(json.dumps(facts) if options.json else format_plan(facts))
     return 0
 
 
-def check_pools(config: Config) -> PoolIndex:
+def check_pools(config: Config) -> tuple[PoolIndex, PoolIndex | None]:
     """Open every pool of the config as trainer and server would.
+
+    Returns:
+        The training pool and the reference set, None without one.
 
     Raises:
         UserError: a pool is missing or does not fit.
@@ -82,17 +104,27 @@ def check_pools(config: Config) -> PoolIndex:
     pool = open_pool(config, config.data.pool, "data.pool")
     choose_packing(pool, config.data.packing, config.model.sequence_length)
     open_exclusion(config, pool)
+    held_out = {}
     for what in ("evaluation", "reference"):
         path = getattr(config.data, what)
         if path is not None:
-            other = open_pool(config, path, f"data.{what}")
+            other = held_out[what] = open_pool(config, path, f"data.{what}")
             check_same_tokenizer(pool, other, f"data.{what}")
             HeldOutExamples(other, config.model.sequence_length)
-    return pool
+    return pool, held_out.get("reference")
 
 
-def make_plan(config: Config, hardware: Hardware, pool: PoolIndex | None) -> dict[str, Any]:
+def make_plan(
+    config: Config, hardware: Hardware, pool: PoolIndex | None, reference: PoolIndex | None = None, rates: Rates | None = None
+) -> dict[str, Any]:
     """Sizes and costs of the run; times in seconds, sizes in bytes.
+
+    Args:
+        config: the run.
+        hardware: what times are estimated for.
+        pool: of training; None leaves out what depends on it.
+        reference: the reference set; without it its lengths are assumed.
+        rates: of a finished round, for times of the oracle that are measured.
 
     Raises:
         UserError: the batch does not divide over the GPUs.
@@ -103,7 +135,9 @@ def make_plan(config: Config, hardware: Hardware, pool: PoolIndex | None) -> dic
     train_flops = float(size.training_flops_per_token) * tokens
     memory = training_bytes_per_gpu(config, data_parallel)
     refreshes = len(refresh_steps(config))
-    stages = selection_flops(config, pool.lengths if pool else None) if config.selection.enabled else {}
+    lengths = pool.lengths if pool else None
+    evaluated = reference_tokens(config, reference)
+    stages = selection_flops(config, lengths, evaluated) if config.selection.enabled else {}
     server_speed = hardware.server_gpus * hardware.flops_per_second
     interval = config.checkpoint.save_interval
     sequences = choose_packing(pool, config.data.packing, length).num_samples() if pool else None
@@ -128,6 +162,9 @@ def make_plan(config: Config, hardware: Hardware, pool: PoolIndex | None) -> dic
         "disk_bytes": size.parameters * 14 * saves,
         "refresh_steps": refresh_steps(config),
         "selection": {name: {"flops": flops, "seconds": flops / server_speed} for name, flops in stages.items()},
+        "oracle": oracle_costs(config, mean_sample_tokens(config, lengths), evaluated, train_flops, server_speed, rates)
+        if "oracle_random" in stages
+        else None,
         "selection_share_of_training": refreshes * sum(stages.values()) / train_flops,
         "pool": None
         if pool is None or sequences is None
@@ -141,29 +178,30 @@ def make_plan(config: Config, hardware: Hardware, pool: PoolIndex | None) -> dic
     }
 
 
-def selection_flops(config: Config, lengths: np.ndarray | None) -> dict[str, float]:
+def mean_sample_tokens(config: Config, lengths: np.ndarray | None) -> float:
+    """Tokens that the model reads of a sample when it is a sequence of its own; full sequences where ``lengths`` is None."""
+    longest = config.model.sequence_length
+    # A document of a pool is a sample of its own here, the first tokens of it that the model reads.
+    return float(longest if lengths is None else np.minimum(lengths - 1, longest).mean())
+
+
+def selection_flops(config: Config, lengths: np.ndarray | None, reference: ReferenceTokens) -> dict[str, float]:
     """FLOPs of each stage of one round that ``selection.method`` has.
 
     Args:
         config: the run.
         lengths: tokens of each sample of the pool; None where it is not known: then full sequences are assumed, and nothing is
             said of the whole pool.
+        reference: tokens of one evaluation of the reference set.
     """
-    oracle, size, length = config.oracle, model_size(config), config.model.sequence_length
-    sequence = float(size.forward_flops_per_token) * length
-    # A document of a pool is a sample of its own here, the first tokens of it that the model reads.
-    sample = sequence if lengths is None else float(size.forward_flops_per_token) * float(np.minimum(lengths - 1, length).mean())
-    per_step = 3 * sample + (oracle.reference_samples * sequence if oracle.estimator == "exact" else 0.0)
-    stages = {}
+    per_token, sample = float(model_size(config).forward_flops_per_token), mean_sample_tokens(config, lengths)
+    tokens: dict[str, float] = {}
     if config.selection.method in ("group", "individual"):
-        stages = {
-            "oracle_random": oracle.num_random_rollouts * oracle.rollout_length * per_step,
-            "oracle_bootstrap": oracle.num_bootstrap_rollouts * oracle.rollout_length * per_step,
-            "candidates": oracle.num_candidates * sample,
-        }
+        tokens = oracle_tokens(config, config.oracle.estimator, sample, reference.tokens)
+        tokens["candidates"] = config.oracle.num_candidates * sample
     if lengths is not None and config.selection.method != "random":
-        stages["embeddings"] = len(lengths) * sample
-    return stages
+        tokens["embeddings"] = len(lengths) * sample
+    return {name: per_token * count for name, count in tokens.items()}
 
 
 def format_plan(facts: dict[str, Any]) -> str:
@@ -194,8 +232,10 @@ def format_plan(facts: dict[str, Any]) -> str:
             + f"; {100 * facts['selection_share_of_training']:.1f} % of the training FLOPs in all"
         )
         lines += [
-            f"  {name:<15} {stage['flops']:.3g} FLOPs, {_time(stage['seconds'])} per round" for name, stage in facts["selection"].items()
+            f"  {name:<17} {stage['flops']:.3g} FLOPs, {_time(stage['seconds'])} per round" for name, stage in facts["selection"].items()
         ]
+    if facts["oracle"]:
+        lines += format_oracle_costs(facts["oracle"], _time)
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_groupmates.report.oracle import different_estimators_note, fallback_note, fell_back, stage_family, throughput
 from megatron_groupmates.report.read import Generation, Run
 
 RANDOM = "random"
@@ -54,14 +55,15 @@ def flops_per_token(run: Run) -> float | None:
 def stage_table(run: Run) -> dict[str, dict[str, float]]:
     """``{stage: {"seconds", "flops"}}`` over all generations, in order of first appearance, ``training`` first.
 
-    The training row holds this run's own part: what was done before it branched off is not counted.
+    The training row holds this run's own part: what was done before it branched off is not counted. The batches of an
+    adaptive budget are one stage.
     """
     per_token = flops_per_token(run) or 0.0
     own_tokens = run.consumed_tokens - run.branch_tokens
     table = {"training": {"seconds": float(run.seconds), "flops": per_token * own_tokens}}
     for generation in run.generations:
         for stage, cost in generation.provenance.get("stages", {}).items():
-            row = table.setdefault(stage, {"seconds": 0.0, "flops": 0.0})
+            row = table.setdefault(stage_family(stage), {"seconds": 0.0, "flops": 0.0})
             for name in row:
                 row[name] += float(cost.get(name, 0.0))
     return table
@@ -121,11 +123,15 @@ def generation_figures(generation: Generation) -> dict[str, Any]:
         "overlap",
         "counts",
     )
+    provenance = generation.provenance
+    oracle, rates = provenance.get("oracle"), throughput(provenance.get("stages", {}))
     return {
         "generation": generation.number,
         "effective_tokens": generation.effective_tokens,
-        **{name: generation.provenance[name] for name in shown if name in generation.provenance},
-        "fit": fit_quality(generation.provenance.get("fit", {})),
+        **{name: provenance[name] for name in shown if name in provenance},
+        **({"oracle": oracle} if oracle else {}),
+        **({"throughput": rates} if rates else {}),
+        "fit": fit_quality(provenance.get("fit", {})),
     }
 
 
@@ -225,14 +231,16 @@ def _ratio_sentence(label: str, ratio: dict[str, float | None]) -> str:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """What a reader must know about the data: unfinished runs, evaluations left out, fits that were refused."""
+    """What a reader must know about the data: unfinished runs, evaluations left out, estimators and fits that were refused."""
     lines = [f"{run.label}: training is not finished (state: {run.state})." for run in runs if run.state != "finished"]
     lines += [
         f"{run.label}: {run.num_not_finite} evaluations are left out, their loss is not finite." for run in runs if run.num_not_finite
     ]
     for run in runs:
         for generation in run.generations:
-            fit = generation.provenance.get("fit", {})
+            fit, oracle = generation.provenance.get("fit", {}), generation.provenance.get("oracle") or {}
+            if fell_back(oracle):
+                lines.append(f"{run.label}, generation {generation.number}: {fallback_note(oracle)}")
             lines += [
                 f"{run.label}, generation {generation.number}: the {name} fit was refused, its sign was wrong."
                 for name in FITS
@@ -240,7 +248,12 @@ def notes(runs: Sequence[Run]) -> list[str]:
             ]
             if "fell_back_on" in fit:
                 lines.append(f"{run.label}, generation {generation.number}: selected with an earlier model, {fit['fell_back_on']}.")
-    return lines
+    estimators = {
+        run.label: {generation.provenance["oracle"]["estimator"] for generation in run.generations if generation.provenance.get("oracle")}
+        for run in runs
+    }
+    different = different_estimators_note({label: names for label, names in estimators.items() if names})
+    return lines if different is None else [*lines, different]
 
 
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from megatron_groupmates.report import plots
 from megatron_groupmates.report.figures import MEASURES, generations_with
+from megatron_groupmates.report.oracle import SHARES, fallback_note, fell_back
 
 _CSS = """
 :root {
@@ -34,6 +35,7 @@ section {
   padding: 20px 24px; margin-top: 18px;
 }
 section.lead { border-left: 4px solid var(--accent); }
+p.loud { border-left: 4px solid #c8553d; padding-left: 10px; font-weight: 600; }
 section.lead ul { margin: 0; padding-left: 1.1em; }
 figure { margin: 8px 0 0; overflow-x: auto; }
 svg { display: block; width: 100%; height: auto; margin: 0 auto; color: var(--ink); font-family: inherit; }
@@ -146,6 +148,118 @@ def fit_section(summary: dict[str, Any]) -> str:
     return section(title, explanation, table(header, rows, text_columns=4))
 
 
+def oracle_section(summary: dict[str, Any]) -> str:
+    """Which estimator each round used, and how well it agreed with exact increments."""
+    title, found = "Oracle", generations_with(summary, "oracle")
+    if not found:
+        return section(title, "Left out: no generation says what its influences were measured with.", "")
+    rows, loud = [], []
+    for label, generation in found:
+        oracle = generation["oracle"]
+        validation = oracle.get("validation") or {}
+        if fell_back(oracle):
+            loud.append(f"{label}, generation {generation['generation']}: {fallback_note(oracle)}")
+        rows.append(
+            [
+                label,
+                str(generation["generation"]),
+                oracle["estimator"] + (" (fell back)" if fell_back(oracle) else ""),
+                oracle["requested"],
+                number(oracle.get("learning_rate"), ".3g"),
+                *(number(oracle["rollouts"][name], ",") for name in ("random", "bootstrap")),
+                number(validation.get("rollouts"), ","),
+                number(validation.get("spearman")),
+                number(validation.get("floor")),
+            ]
+        )
+    explanation = (
+        "How the influences were measured. exact: the reference loss after every step; first_order: reference gradient times "
+        "parameter change; directional: each candidate's loss along the reference gradient, beside exact rollouts. Rank correlation: "
+        "Spearman of the requested estimator with exact increments on the rollouts checked; below the floor the round falls "
+        "back to exact. An exact round has nothing to check."
+    )
+    header = ["arm", "generation", "used", "requested", "learning rate", "random", "bootstrap", "checked", "rank correlation", "floor"]
+    remarks = "".join(f'<p class="loud">{html.escape(line)}</p>' for line in loud)
+    return section(title, explanation, remarks + table(header, rows, text_columns=4))
+
+
+def budget_section(summary: dict[str, Any]) -> str:
+    """When the rounds with an adaptive budget stopped; empty where no round has one."""
+    title = "Adaptive budget"
+    rows = [
+        [
+            label,
+            str(generation["generation"]),
+            str(budget["stopped"]),
+            number(generation["oracle"]["rollouts"]["random"], ","),
+            number(budget["maximum"], ","),
+            number(max((point["spearman"] for point in budget["curve"] if point["spearman"] is not None), default=None)),
+        ]
+        for label, generation in generations_with(summary, "oracle")
+        if (budget := generation["oracle"].get("budget") or {}).get("kind") == "adaptive"
+    ]
+    if not rows:
+        return ""
+    explanation = (
+        "Random rollouts are collected in batches until the relational model's Spearman on held-out rollouts stops improving (patience) "
+        "or the maximum is reached."
+    )
+    header = ["arm", "generation", "stopped by", "random rollouts", "maximum", "best Spearman"]
+    figure = drawn(summary, title, plots.budget_plot) or ""
+    return section(title, explanation, figure + table(header, rows, text_columns=3))
+
+
+def noise_section(summary: dict[str, Any]) -> str:
+    """Agreement of exact increments between two reference sets; empty where no round measured it."""
+    rows, skipped = [], []
+    for label, generation in generations_with(summary, "oracle"):
+        noise = generation["oracle"].get("noise") or []
+        if isinstance(noise, dict):
+            skipped.append(f"{label}, generation {generation['generation']}: not measured, {noise['skipped']}.")
+            continue
+        rows += [
+            [
+                label,
+                str(generation["generation"]),
+                number(row["learning_rate"], ".3g"),
+                number(row["rollouts"], ","),
+                number(row["spearman"]),
+            ]
+            for row in noise
+        ]
+    if not rows and not skipped:
+        return ""
+    explanation = (
+        "Spearman between the exact increments of the same rollouts against two disjoint reference sets. At 1 the choice of reference "
+        "examples does not matter; the nearer to 0, the more of the influence is the luck of that choice, and no model of it can predict "
+        "another set's better than this."
+    )
+    remarks = "".join(f'<p class="soft">{html.escape(line)}</p>' for line in skipped)
+    header = ["arm", "generation", "learning rate", "rollouts", "Spearman"]
+    return section("Noise of the influences", explanation, remarks + (table(header, rows, text_columns=2) if rows else ""))
+
+
+def throughput_section(summary: dict[str, Any]) -> str:
+    """How fast the stages measured; empty where no round says."""
+    rows = [
+        [
+            label,
+            str(generation["generation"]),
+            stage,
+            count(rates["rollouts_per_second"]),
+            count(rates["tokens_per_second"]),
+            *(number(rates[share], ".0%") for share in SHARES),
+        ]
+        for label, generation in generations_with(summary, "throughput")
+        for stage, rates in generation["throughput"].items()
+    ]
+    if not rows:
+        return ""
+    header = ["arm", "generation", "stage", "rollouts/s", "tokens/s", *SHARES]
+    explanation = "Rates of the selection server; on the right, shares of the time in optimizer steps, reference evaluation and restoring."
+    return section("Throughput", explanation, table(header, rows, text_columns=3))
+
+
 def cost_section(summary: dict[str, Any]) -> str:
     """Time and FLOPs by stage."""
     title = "Cost"
@@ -199,8 +313,12 @@ def render_page(summary: dict[str, Any]) -> str:
             "no generation compares the methods",
             plots.overlap_plot,
         ),
+        oracle_section(summary),
+        budget_section(summary),
+        noise_section(summary),
         fit_section(summary),
         cost_section(summary),
+        throughput_section(summary),
     ]
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -196,6 +196,29 @@ def influence_plot(summary: dict[str, Any]) -> Figure | None:
     return figure
 
 
+def budget_plot(summary: dict[str, Any]) -> Figure | None:
+    """Held-out Spearman of the relational model against the rollouts collected, a line for each round with an adaptive budget."""
+    curves = {
+        f"{label}, generation {generation['generation']}": [
+            (point["rollouts"], point["spearman"]) for point in generation["oracle"]["budget"]["curve"] if point["spearman"] is not None
+        ]
+        for label, generation in generations_with(summary, "oracle")
+        if generation["oracle"].get("budget")
+    }
+    curves = {label: points for label, points in curves.items() if points}
+    if not curves:
+        return None
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (label, points) in enumerate(curves.items()):
+        rollouts, spearman = zip(*points, strict=True)
+        axes.plot(rollouts, spearman, "o-", color=_COLOURS[number % len(_COLOURS)], linewidth=1.8, markersize=4, label=label)
+    axes.set(xlabel="random rollouts collected", ylabel="held-out Spearman")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.legend(loc="best", fontsize=9)
+    return figure
+
+
 def overlap_plot(summary: dict[str, Any]) -> Figure | None:
     """Overlap of the methods' selections, a matrix for the last generation of each run that has one."""
     found = list(dict(generations_with(summary, "overlap")).items())

@@ -194,6 +194,42 @@ def test_status_for_people(run: RunPaths, monkeypatch: pytest.MonkeyPatch, capsy
     ]
 
 
+@pytest.mark.parametrize(
+    ("stage", "facts", "shown"),
+    [
+        (
+            "oracle_random",
+            {"done": 320, "total": 2000, "unit": "rollout", "per_second": 4.12, "eta_seconds": 407.8},
+            "oracle random: 320 of 2,000 rollouts, 4.1/s, 7 min left",
+        ),
+        (
+            "oracle_random.exact.batch-000002",
+            {"done": 0, "total": 128, "unit": "rollout", "per_second": 0.0, "eta_seconds": None},
+            "oracle random, exact, batch 3: 0 of 128 rollouts",
+        ),
+        (
+            "embeddings",
+            {"done": 9000, "total": 10000, "unit": "sample", "per_second": 2000.0, "eta_seconds": 0.5},
+            "embeddings: 9,000 of 10,000 samples, 2,000.0/s, 0 s left",
+        ),
+        (
+            "oracle_bootstrap",
+            {"done": 1, "total": 2000, "unit": "rollout", "per_second": 0.1, "eta_seconds": 19990.0},
+            "oracle bootstrap: 1 of 2,000 rollouts, 0.1/s, 5.6 h left",
+        ),
+    ],
+)
+def test_status_says_how_far_a_stage_is(
+    stage: str, facts: dict[str, Any], shown: str, run: RunPaths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1003.2)
+    write_json(run.server_state, {"state": "selecting", "round": 2, "stage": stage, "updated": 1000.0, **facts})
+    assert main(["status", str(run.root)]) == 0
+    assert f"server     selecting, round 2: {shown} (3 s ago)\n" in capsys.readouterr().out
+    assert main(["status", str(run.root), "--json"]) == 0
+    assert facts.items() <= json.loads(capsys.readouterr().out)["server"].items()
+
+
 def test_status_of_a_run_that_has_not_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths, _ = write_run(tmp_path)
     assert main(["status", str(paths.root)]) == 0

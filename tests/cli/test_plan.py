@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_groupmates.cli.main import main
+from megatron_groupmates.cli.oracle_costs import ReferenceTokens
 from megatron_groupmates.cli.plan import Hardware, format_plan, make_plan, selection_flops
 from megatron_groupmates.config import UserError, dump_config
 from megatron_groupmates.model.sizes import model_size
@@ -104,7 +105,8 @@ def test_each_method_costs_what_it_does() -> None:
     sequence = float(model_size(tiny_config()).forward_flops_per_token) * 8
     oracle = {"num_random_rollouts": 7, "num_bootstrap_rollouts": 3, "rollout_length": 4, "reference_samples": 5, "num_candidates": 16}
     lengths = np.full(100, 9)
-    exact = selection_flops(tiny_config(oracle=oracle), lengths)
+    reference = ReferenceTokens(examples=5, tokens=5 * 8.0, measured=True)
+    exact = selection_flops(tiny_config(oracle=oracle), lengths, reference)
     assert exact == pytest.approx(
         {
             "oracle_random": 7 * 4 * 8 * sequence,
@@ -113,16 +115,24 @@ def test_each_method_costs_what_it_does() -> None:
             "embeddings": 100 * sequence,
         }
     )
-    short = selection_flops(tiny_config(oracle=oracle), np.tile([5, 9 + 100], 50))
+    short = selection_flops(tiny_config(oracle=oracle), np.tile([5, 9 + 100], 50), reference)
     assert short["embeddings"] == 100 * sequence * 6 / 8, "documents of 4 and of 8 inputs, all that the model reads of a longer one"
     assert short["oracle_random"] == pytest.approx(7 * 4 * (3 * 6 / 8 + 5) * sequence)
-    cheap = selection_flops(tiny_config(oracle={**oracle, "estimator": "first_order"}), None)
+    cheap = selection_flops(tiny_config(oracle={**oracle, "estimator": "first_order"}), None, reference)
     assert cheap == pytest.approx(
-        {"oracle_random": 7 * 4 * 3 * sequence, "oracle_bootstrap": 3 * 4 * 3 * sequence, "candidates": 16 * sequence}
+        {
+            "oracle_random": 7 * 4 * 3 * sequence,
+            "oracle_bootstrap": 3 * 4 * 3 * sequence,
+            "oracle_validation": 4 * 4 * 8 * sequence,
+            "candidates": 16 * sequence,
+        }
     )
-    assert selection_flops(tiny_config(selection={"method": "individual"}, oracle=oracle), lengths) == exact
-    assert set(selection_flops(tiny_config(selection={"method": "similarity"}), lengths)) == {"embeddings"}
-    assert selection_flops(tiny_config(selection={"method": "random"}), lengths) == {}
+    directional = selection_flops(tiny_config(oracle={**oracle, "estimator": "directional"}), lengths, reference)
+    # Two passes over the 16 candidates, and forward and backward over 5 reference examples.
+    assert directional == pytest.approx({**exact, "oracle_directional": (2 * 16 + 3 * 5) * sequence})
+    assert selection_flops(tiny_config(selection={"method": "individual"}, oracle=oracle), lengths, reference) == exact
+    assert set(selection_flops(tiny_config(selection={"method": "similarity"}), lengths, reference)) == {"embeddings"}
+    assert selection_flops(tiny_config(selection={"method": "random"}), lengths, reference) == {}
 
 
 def test_the_table_says_it_for_people(run: list[str], capsys: pytest.CaptureFixture[str]) -> None:

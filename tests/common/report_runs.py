@@ -118,7 +118,13 @@ def full_provenance(method: str, checkpoint_step: int, favoured: str = "docstrin
         "recipe": "default",
         "seed": 1,
         "stages": {
-            "random_rollouts": {"seconds": 9.0, "flops": 4e10},
+            "random_rollouts": {
+                "seconds": 9.0,
+                "flops": 4e10,
+                "rollouts_per_second": 4.1,
+                "tokens_per_second": 52000.0,
+                "share": {"step": 0.6, "evaluation": 0.35, "restore": 0.05},
+            },
             "fit_init": {"seconds": 1.0, "flops": 1e9},
             "bootstrap_rollouts": {"seconds": 8.0, "flops": 4e10},
             "fit_final": {"seconds": 1.5, "flops": 1e9},
@@ -139,9 +145,32 @@ def full_provenance(method: str, checkpoint_step: int, favoured: str = "docstrin
             kind: {"selected": 250 if kind == favoured else 40 * index, "candidates": 400} for index, kind in enumerate(KINDS)
         },
         "influence_histogram": {"edges": [edge / 10 - 1 for edge in range(21)], "pool": pool, "selected": selected},
+        "oracle": oracle_facts(),
         "overlap": {"share": share, "jaccard": share},
         "counts": {"candidates": 2400, "selected": 850},
     }
+
+
+def oracle_facts(**changes: Any) -> dict[str, Any]:
+    """``provenance["oracle"]`` of a first-order round with an adaptive budget, measured noise and a passed check."""
+    facts = {
+        "estimator": "first_order",
+        "requested": "first_order",
+        "learning_rate": 3e-4,
+        "rollouts": {"random": 384, "bootstrap": 256},
+        "validation": {"rollouts": 20, "spearman": 0.871, "floor": 0.5, "fell_back": False},
+        "budget": {
+            "kind": "adaptive",
+            "maximum": 2000,
+            "curve": [{"rollouts": count, "spearman": value} for count, value in ((128, 0.31), (256, 0.442), (384, 0.44))],
+            "stopped": "patience",
+        },
+        "noise": [
+            {"learning_rate": 3e-4, "rollouts": 32, "spearman": 0.913},
+            {"learning_rate": 3e-5, "rollouts": 32, "spearman": 0.962},
+        ],
+    }
+    return {**facts, **changes}
 
 
 def write_experiment(root: Path) -> list[Path]:

@@ -119,7 +119,7 @@ def test_the_page_shows_every_arm_and_needs_nothing_from_outside(experiment: tup
     assert "http" not in text and "url(" in text and not re.search(r"url\((?!#)", text)
     assert not re.search(r"\b(nan|inf)\b", text, re.IGNORECASE) and ">None<" not in text
     assert "Left out" not in text
-    assert text.count("<svg") == 5
+    assert text.count("<svg") == 6
     for arm in ("group", "individual", "similarity", "random"):
         assert f'<td class="text">{arm}</td>' in text
     for figure in ("5.280", "0.580", "random_rollouts", "which one seed cannot separate"):
@@ -156,6 +156,7 @@ def test_missing_parts_are_left_out_with_a_reason(tmp_path: Path) -> None:
         "no generation was made with an influence model",
         "no generation compares the methods",
         "no generation was made with an oracle",
+        "no generation says what its influences were measured with",
         "no run has recorded time or FLOPs yet",
     ):
         assert f"Left out: {reason}." in text
