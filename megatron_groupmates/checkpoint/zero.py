@@ -48,7 +48,7 @@ class ZeroCheckpoint:
         step: training steps taken (DeepSpeed's ``global_steps``).
         adam_step: the step of Adam's bias correction. It differs from ``step`` after skipped steps, and DeepSpeed's
             16-bit optimizer without ZeRO starts it at 1.
-        zero_stage: 0 to 3.
+        zero_stage: 0 to 3, by the files: DeepSpeed 0.16 writes those of ZeRO-1 in bf16 without ZeRO too.
         tensor_model_parallel_size: of the run that saved it.
         data_parallel_size: of that run.
         client_state: what the trainer gave to ``save_checkpoint``.
