@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_groupmates.config import Config, RunPaths, UserError, config_differences
+from megatron_groupmates.config import Config, RunPaths, UserError, config_differences, oracle_estimator
 from megatron_groupmates.model.sizes import model_size
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.references.examples import ScoredTokens
@@ -144,7 +144,7 @@ def oracle_costs(
     tokens = {name: sum(costs.values()) for name, costs in stages.items()}
     authors = authors_tokens(config)
     return {
-        "estimator": config.oracle.estimator,
+        "estimator": oracle_estimator(config),
         "at_most": config.oracle.budget == "adaptive",
         "reference": {"examples": reference.examples, "tokens": reference.tokens, "measured": reference.measured, "text": str(reference)},
         "labels_share_of_training": per_token * stages["directional"]["oracle_directional"] / train_flops,
@@ -223,7 +223,7 @@ def read_rates(run: Path, config: Config) -> Rates:
 
 def _measured_by(stage: str, config: Config) -> str:
     """How the rollouts of a stage were measured: by the config's estimator, or exactly for a check or a fallback."""
-    if stage_family(stage) in ("oracle_random", "oracle_bootstrap") and config.oracle.estimator == "first_order":
+    if stage_family(stage) in ("oracle_random", "oracle_bootstrap") and oracle_estimator(config) == "first_order":
         return "first_order"
     return "exact"
 

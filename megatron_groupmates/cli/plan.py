@@ -22,7 +22,7 @@ from megatron_groupmates.cli.oracle_costs import (
     read_rates,
     reference_tokens,
 )
-from megatron_groupmates.config import Config, check_world_size, refresh_steps
+from megatron_groupmates.config import Config, check_world_size, oracle_estimator, refresh_steps
 from megatron_groupmates.model.sizes import model_size, training_bytes_per_gpu
 from megatron_groupmates.pool.contexts import choose_packing
 from megatron_groupmates.pool.exclusion import open_exclusion
@@ -197,7 +197,7 @@ def selection_flops(config: Config, lengths: np.ndarray | None, reference: Refer
     per_token, sample = float(model_size(config).forward_flops_per_token), mean_sample_tokens(config, lengths)
     tokens: dict[str, float] = {}
     if config.selection.method in ("group", "individual"):
-        tokens = oracle_tokens(config, config.oracle.estimator, sample, reference.tokens)
+        tokens = oracle_tokens(config, oracle_estimator(config), sample, reference.tokens)
         tokens["candidates"] = config.oracle.num_candidates * sample
     if lengths is not None and config.selection.method != "random":
         tokens["embeddings"] = len(lengths) * sample

@@ -9,6 +9,7 @@ from megatron_groupmates.config.load import (
     dump_config,
     parse_config,
 )
+from megatron_groupmates.config.oracle import oracle_estimator, oracle_learning_rate
 from megatron_groupmates.config.paths import RunPaths
 from megatron_groupmates.config.refreshes import refresh_number, refresh_steps
 from megatron_groupmates.config.schedule import learning_rate
@@ -25,6 +26,8 @@ __all__ = [
     "dump_config",
     "ffn_hidden_size",
     "learning_rate",
+    "oracle_estimator",
+    "oracle_learning_rate",
     "parse_config",
     "refresh_number",
     "refresh_steps",

@@ -192,10 +192,11 @@ class SelectionConfig:
 class OracleConfig:
     """Oracle data influences measured from the checkpoint (paper section 3.1)."""
 
-    estimator: Literal["exact", "first_order", "directional"] = setting(
-        "exact",
-        "exact: reference loss after every step; first_order: reference gradient times parameter change, about 9x cheaper; "
-        "directional: each candidate's loss along the reference gradient, no steps, beside exact rollouts for the relations",
+    estimator: Literal["auto", "exact", "first_order", "directional"] = setting(
+        "auto",
+        "exact: reference loss after every step; first_order: reference gradient times parameter change, far cheaper; "
+        "directional: each candidate's loss along the reference gradient, no steps, beside exact rollouts for the relations; "
+        "auto follows the recipe: exact for the paper's, else first_order",
     )
     estimator_floor: float = setting(
         0.5, "rank correlation with exact increments below which a round falls back to exact", minimum=-1.0, maximum=1.0
@@ -217,7 +218,9 @@ class OracleConfig:
         16, "reference tokens per forward pass, in sequences of model.sequence_length", minimum=1, may_change=True
     )
     learning_rate: float | None = setting(
-        None, "learning rate of the oracle steps; the schedule's at the checkpoint when unset", minimum=0.0
+        None,
+        "learning rate of the oracle steps; when unset the schedule's at the checkpoint, but at most 3e-4 where the estimator is not exact",
+        minimum=0.0,
     )
     noise_rollouts: int = setting(
         0, "rollouts measured exactly against a second, disjoint reference set to show the labels' noise; 0: none", minimum=0

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_groupmates import __version__
-from megatron_groupmates.config import Config, RunPaths, UserError, config_to_dict
+from megatron_groupmates.config import Config, RunPaths, UserError, config_to_dict, oracle_learning_rate
 from megatron_groupmates.influence.oracle import ReadSamples
 from megatron_groupmates.model.batch import Samples
 from megatron_groupmates.model.sizes import ModelSize, model_size
@@ -82,6 +82,11 @@ class RoundContext:
     def seed(self, purpose: str) -> int:
         """A seed of its own for each purpose in each round."""
         return derive_key(self.config.run.seed, "round", self.input.number, purpose) % 2**31
+
+    @property
+    def oracle_learning_rate(self) -> float:
+        """Of the oracle's steps from this checkpoint."""
+        return oracle_learning_rate(self.config, self.input.step)
 
     def begin(self, reference_pool: PoolIndex) -> None:
         """Bind the directory to this checkpoint, data and settings; work for others is moved aside. Collective."""

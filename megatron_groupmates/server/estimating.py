@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from megatron_groupmates.config import oracle_estimator
 from megatron_groupmates.influence.directional import directional_labels
 from megatron_groupmates.influence.labels import Standardiser, influence_labels
 from megatron_groupmates.influence.metrics import spearman
 from megatron_groupmates.influence.probe import Probe
 from megatron_groupmates.server.chunks import Chunks
 from megatron_groupmates.server.context import Arrays, RoundContext, num_inputs
-from megatron_groupmates.server.stages import measure_oracles, oracle_learning_rate
+from megatron_groupmates.server.stages import measure_oracles
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +59,14 @@ class Oracle:
 
 def open_oracle(context: RoundContext, probe: Probe, candidates: np.ndarray) -> Oracle:
     """The oracle that the config asks for, with its dense labels where it has any. Collective."""
-    estimator = context.config.oracle.estimator
+    estimator = oracle_estimator(context.config)
     dense = label_candidates(context, probe, candidates) if estimator == "directional" else None
     return Oracle(estimator=estimator, dense=dense)
 
 
 def label_candidates(context: RoundContext, probe: Probe, candidates: np.ndarray) -> np.ndarray:
     """Stage ``oracle_directional``: individual influence float64 ``[num_candidates]`` of each candidate. Collective."""
-    rate, batch_size = oracle_learning_rate(context), context.config.oracle.reference_batch_size
+    rate, batch_size = context.oracle_learning_rate, context.config.oracle.reference_batch_size
 
     def label(first: int, stop: int, done: Callable[[int], object]) -> Arrays:
         return {"labels": directional_labels(probe, candidates[first:stop], context.read_samples, rate, batch_size, done)}

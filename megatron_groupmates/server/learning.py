@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_groupmates.config import UserError
+from megatron_groupmates.config import UserError, oracle_estimator
 from megatron_groupmates.influence.encoder import Encoder
 from megatron_groupmates.influence.probe import Probe
 from megatron_groupmates.influence.relational import RelationalModel
@@ -23,7 +23,6 @@ from megatron_groupmates.server.stages import (
     fit_model,
     last_good_model,
     measure_oracles,
-    oracle_learning_rate,
 )
 from megatron_groupmates.utils.files import write_json
 
@@ -70,8 +69,8 @@ def learn_influence(
         rollouts, losses, num_bootstrap = np.concatenate([rollouts, bootstrap]), np.concatenate([losses, more]), len(bootstrap)
     facts = {
         "estimator": oracle.estimator,
-        "requested": context.config.oracle.estimator,
-        "learning_rate": oracle_learning_rate(context),
+        "requested": oracle_estimator(context.config),
+        "learning_rate": context.oracle_learning_rate,
         "rollouts": {"random": num_random, "bootstrap": num_bootstrap},
         "validation": validation,
         "budget": budget,

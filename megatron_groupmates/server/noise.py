@@ -14,7 +14,7 @@ from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.server.chunks import Chunks
 from megatron_groupmates.server.context import Arrays, RoundContext
 from megatron_groupmates.server.estimating import agreement, corrected_labels
-from megatron_groupmates.server.stages import oracle_learning_rate, step_tokens
+from megatron_groupmates.server.stages import step_tokens
 
 Noise = list[dict[str, Any]] | dict[str, str] | None
 
@@ -36,7 +36,7 @@ def measure_noise(context: RoundContext, probe: Probe, reference_pool: PoolIndex
             "skipped": f"the reference set has {reference_pool.num_samples} examples and oracle.reference_samples "
             f"({settings.reference_samples}) uses all of them; none is left for a second set"
         }
-    rate = oracle_learning_rate(context)
+    rate = context.oracle_learning_rate
     rates = (rate, rate / 10 if settings.noise_learning_rate is None else settings.noise_learning_rate)
     rollouts = rollouts[: settings.noise_rollouts]
     losses = _losses(context, probe, reference_pool, candidates, rollouts, rates)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_groupmates.config import learning_rate
 from megatron_groupmates.influence.bootstrap import bootstrap_rollouts
 from megatron_groupmates.influence.encoder import Encoder, encode_rows
 from megatron_groupmates.influence.fit import FitReport, FitResult, FitSettings, fit_relational
@@ -31,12 +30,6 @@ def choose_candidates(context: RoundContext, available: np.ndarray) -> np.ndarra
     generator = np.random.default_rng(context.seed("candidates"))
     count = min(context.config.oracle.num_candidates, len(available))
     return np.sort(generator.choice(available, size=count, replace=False))
-
-
-def oracle_learning_rate(context: RoundContext) -> float:
-    """The oracle's own learning rate, or the trainer's at its next step."""
-    own = context.config.oracle.learning_rate
-    return learning_rate(context.config, context.input.step + 1) if own is None else own
 
 
 def step_tokens(context: RoundContext, candidates: np.ndarray, evaluated: int) -> tuple[float, float]:
@@ -64,7 +57,7 @@ def measure_oracles(
                 probe,
                 rollouts[first:stop],
                 lambda numbers: context.read_samples(candidates[numbers]),
-                oracle_learning_rate(context),
+                context.oracle_learning_rate,
                 estimator,
                 done,
             )

@@ -130,7 +130,7 @@ def test_rates_that_cannot_serve_are_refused(tmp_path: Path) -> None:
 def test_the_runs_own_rates_are_taken_where_it_has_any(tmp_path: Path) -> None:
     config = tiny_config(run={"output_dir": str(tmp_path / "run")})
     assert costs.find_rates(config) is None
-    run = write_run(tmp_path / "run")
+    run = write_run(tmp_path / "run", oracle={"estimator": "exact"})
     assert costs.find_rates(config) is None
     write_round(run, 1, oracle_random=2.0)
     rates = costs.find_rates(config)
@@ -166,7 +166,7 @@ def test_the_example_costs_a_fraction_of_the_authors_way(capsys: pytest.CaptureF
 
 
 def test_the_table_tells_measured_times_from_assumed_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = write_run(tmp_path / "run", oracle={**ORACLE, "budget": "adaptive"})
+    run = write_run(tmp_path / "run", oracle={**ORACLE, "estimator": "exact", "budget": "adaptive"})
     write_round(run, 1, oracle_random=2.0)
     assert main(["plan", "--no-data", "--config", str(run / "config.yaml"), "--rates", str(run)]) == 0
     lines = {line.split("  ")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}

@@ -86,7 +86,7 @@ def test_costs_add_up(run: list[str], capsys: pytest.CaptureFixture[str]) -> Non
     assert facts["memory_per_gpu"]["total"] == sum(value for name, value in facts["memory_per_gpu"].items() if name != "total")
     assert facts["pool"] == {"samples": 16, "sequences": 16, "tokens": 144, "shards": 3, "epochs": 5.0}
     stages = facts["selection"]
-    assert set(stages) == {"oracle_random", "oracle_bootstrap", "candidates", "embeddings"}
+    assert set(stages) == {"oracle_random", "oracle_validation", "oracle_bootstrap", "candidates", "embeddings"}
     assert all(stage["seconds"] == pytest.approx(stage["flops"] / (4 * 0.5e12)) for stage in stages.values())
     total = sum(stage["flops"] for stage in stages.values())
     assert facts["selection_share_of_training"] == pytest.approx(3 * total / facts["training"]["flops"])
@@ -103,7 +103,14 @@ def test_a_save_at_the_last_step_is_counted_once(tmp_path: Path) -> None:
 
 def test_each_method_costs_what_it_does() -> None:
     sequence = float(model_size(tiny_config()).forward_flops_per_token) * 8
-    oracle = {"num_random_rollouts": 7, "num_bootstrap_rollouts": 3, "rollout_length": 4, "reference_samples": 5, "num_candidates": 16}
+    oracle = {
+        "estimator": "exact",
+        "num_random_rollouts": 7,
+        "num_bootstrap_rollouts": 3,
+        "rollout_length": 4,
+        "reference_samples": 5,
+        "num_candidates": 16,
+    }
     lengths = np.full(100, 9)
     reference = ReferenceTokens(examples=5, tokens=5 * 8.0, measured=True)
     exact = selection_flops(tiny_config(oracle=oracle), lengths, reference)

@@ -60,6 +60,7 @@ def tiny_tree(root: Path | str, **changes: Any) -> dict[str, Any]:
             "kmeans_iterations": 5,
         },
         "oracle": {
+            "estimator": "exact",
             "rollout_length": 3,
             "num_random_rollouts": 20,
             "num_bootstrap_rollouts": 6,

@@ -21,6 +21,7 @@ from megatron_groupmates.utils.files import read_json
 from tests.common.gpt_runs import REFRESHES
 
 STEP = REFRESHES[0]
+RATE = 8e-3
 ADAPTIVE = {"oracle__budget": "adaptive", "oracle__budget_batch": 4}
 
 
@@ -30,10 +31,10 @@ class Killed(Exception):
 
 @pytest.fixture
 def run_round(trained: Any, groups: Any, tmp_path: Path) -> Callable[..., Config]:
-    """Runs a round under changed settings."""
+    """Runs a round under changed settings; whatever the estimator, at one learning rate."""
 
     def run(name: str = "a", **changes: Any) -> Config:
-        config = trained.copy(tmp_path / name, STEP, **changes)
+        config = trained.copy(tmp_path / name, STEP, **{"oracle__learning_rate": RATE, **changes})
         assert watch.serve(config, groups, once=True)
         return config
 
@@ -74,7 +75,7 @@ class TestEstimators:
             "budget": {"kind": "fixed", "maximum": 20, "curve": [], "stopped": "fixed"},
             "noise": None,
         }
-        assert found["learning_rate"] > 0
+        assert found["learning_rate"] == RATE
         assert stages(config) == {"oracle_random", "oracle_bootstrap"}
         assert all(str(arrays(config, name)["estimator"]) == "exact" for name in stages(config))
 
@@ -161,7 +162,7 @@ class TestAdaptiveBudget:
     @pytest.mark.parametrize("victim", ["oracle_random.batch-000001", "budget.batch-000001", "oracle_random.batch-000002"])
     def test_killed_between_batches_decides_alike(self, run_round, trained, groups, tmp_path, monkeypatch, victim):
         whole = run_round(**ADAPTIVE)
-        config = trained.copy(tmp_path / "killed", STEP, **ADAPTIVE)
+        config = trained.copy(tmp_path / "killed", STEP, oracle__learning_rate=RATE, **ADAPTIVE)
         real = RoundContext.bookkeeping
 
         @contextlib.contextmanager
