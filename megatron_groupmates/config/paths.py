@@ -52,6 +52,11 @@ class RunPaths:
         """Where the selection server stands: round, stage, last failure."""
         return self.selection / "server.json"
 
+    @property
+    def server_metrics(self) -> Path:
+        """One JSON object per finished stage of a selection round: seconds, FLOPs, rates."""
+        return self.selection / "rounds" / "metrics.jsonl"
+
     def round(self, number: int) -> Path:
         """Working state of one selection round."""
         return self.selection / "rounds" / f"round-{number:06d}"

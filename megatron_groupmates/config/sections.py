@@ -223,7 +223,7 @@ class OracleConfig:
         minimum=0.0,
     )
     noise_rollouts: int = setting(
-        0, "rollouts measured exactly against a second, disjoint reference set to show the labels' noise; 0: none", minimum=0
+        16, "rollouts measured exactly against a second, disjoint reference set to show the labels' noise; 0: none", minimum=0
     )
     noise_learning_rate: float | None = setting(
         None, "second learning rate at which the noise is shown; a tenth of the oracle's when unset", minimum=0.0

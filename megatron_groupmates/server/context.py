@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from megatron_groupmates.pool.order import derive_key
 from megatron_groupmates.pool.reader import PoolReader
 from megatron_groupmates.pool.references.examples import held_out_fingerprint
 from megatron_groupmates.server.recipe import Recipe, resolve_recipe
-from megatron_groupmates.utils.files import atomic_file, read_json, sha256_json, write_json
+from megatron_groupmates.utils.files import append_line, atomic_file, read_json, sha256_json, write_json
 from megatron_groupmates.utils.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -170,10 +171,9 @@ class RoundContext:
         started, self.rates = time.monotonic(), {}
         yield
         if self.groups.is_main:
-            write_json(
-                self.directory / f"{name}.stage.json",
-                {"seconds": round(time.monotonic() - started, 3), "flops": float(flops), **self.rates},
-            )
+            cost = {"seconds": round(time.monotonic() - started, 3), "flops": float(flops), **self.rates}
+            append_line(self.paths.server_metrics, json.dumps({"round": self.input.number, "step": self.input.step, "stage": name, **cost}))
+            write_json(self.directory / f"{name}.stage.json", cost)
 
     def stage_costs(self) -> dict[str, Any]:
         """Seconds and FLOPs of every finished stage."""

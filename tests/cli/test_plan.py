@@ -86,7 +86,7 @@ def test_costs_add_up(run: list[str], capsys: pytest.CaptureFixture[str]) -> Non
     assert facts["memory_per_gpu"]["total"] == sum(value for name, value in facts["memory_per_gpu"].items() if name != "total")
     assert facts["pool"] == {"samples": 16, "sequences": 16, "tokens": 144, "shards": 3, "epochs": 5.0}
     stages = facts["selection"]
-    assert set(stages) == {"oracle_random", "oracle_validation", "oracle_bootstrap", "candidates", "embeddings"}
+    assert set(stages) == {"oracle_random", "oracle_validation", "oracle_bootstrap", "oracle_noise", "candidates", "embeddings"}
     assert all(stage["seconds"] == pytest.approx(stage["flops"] / (4 * 0.5e12)) for stage in stages.values())
     total = sum(stage["flops"] for stage in stages.values())
     assert facts["selection_share_of_training"] == pytest.approx(3 * total / facts["training"]["flops"])
@@ -105,6 +105,7 @@ def test_each_method_costs_what_it_does() -> None:
     sequence = float(model_size(tiny_config()).forward_flops_per_token) * 8
     oracle = {
         "estimator": "exact",
+        "noise_rollouts": 0,
         "num_random_rollouts": 7,
         "num_bootstrap_rollouts": 3,
         "rollout_length": 4,

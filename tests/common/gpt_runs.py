@@ -68,6 +68,7 @@ def tiny_tree(root: Path | str, **changes: Any) -> dict[str, Any]:
             "reference_samples": 4,
             "reference_batch_size": 4,
             "chunk_rollouts": 4,
+            "noise_rollouts": 0,
         },
         "relational": {"embedding_dim": 4, "epochs": 6, "warmup_steps": 2, "learning_rate": 3e-2, "held_out_fraction": 0.3},
         "server": {"poll_interval_seconds": 0.05, "embed_batch_size": 32},

@@ -20,7 +20,7 @@ from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.server import round as round_module
 from megatron_groupmates.server import stages, watch
 from megatron_groupmates.server.context import RoundContext
-from megatron_groupmates.utils.files import read_json
+from megatron_groupmates.utils.files import read_json, read_lines
 from tests.common.distributed import run_ranks
 from tests.common.gpt_runs import (
     BATCH,
@@ -104,6 +104,9 @@ class TestPublishedGeneration:
             "consumed_train_samples": 20,
         }.items() <= provenance.items()
         assert set(provenance["stages"]) == {"load_checkpoint", *STAGES}
+        rows = read_lines(paths(finished).server_metrics)
+        assert {row["stage"]: {key: row[key] for key in row.keys() - {"stage", "round", "step"}} for row in rows} == provenance["stages"]
+        assert {(row["round"], row["step"]) for row in rows} == {(1, 5)}
         rates = {"rollouts_per_second", "tokens_per_second", "share"}
         for name, cost in provenance["stages"].items():
             assert set(cost) == {"seconds", "flops"} | (rates if name.startswith("oracle") else set()) and cost["seconds"] >= 0
