@@ -59,12 +59,6 @@ class LocalParameter:
                 _copy_columns(fragment, offset, self.shape[1], start, out)
             offset += fragment.numel()
 
-    def whole(self, kind: str) -> torch.Tensor:
-        """The slice as a new float32 tensor."""
-        found = torch.empty(self.shape)
-        self.copy_into(kind, found)
-        return found
-
 
 def base_optimizer(optimizer_state: dict[str, Any]) -> dict[str, Any]:
     """The torch optimizer's own state (``state`` and ``param_groups``) inside the one of DeepSpeed's wrapper.

@@ -77,7 +77,9 @@ def _losses(
 
     def work() -> None:
         count, device = settings.reference_samples, context.groups.device
-        second = load_reference(reference_pool, context.config.model.sequence_length, count, device, first=count)
+        length = context.config.model.sequence_length
+        # Together, so that no rank waits in the chunks for one that could not read the set.
+        second = context.together(lambda: load_reference(reference_pool, length, count, device, first=count))
         chunks.work(lambda first, stop, done: measure(second, first, stop, done), "rollout")
 
     def collect() -> Arrays:
