@@ -185,6 +185,14 @@ class SelectionConfig:
         None, "clusters of the pool; about one per 3,000 samples (the paper's density) when unset", minimum=1
     )
     kmeans_iterations: int = setting(100, "iterations of spherical k-means", minimum=1)
+    share_per_cluster: Literal["auto", "equal", "global"] = setting(
+        "auto",
+        "group: equal takes the same share of each cluster; global lets clusters compete for one budget by the score of their next "
+        "sample; auto follows the recipe",
+    )
+    minimum_source_share: Mapping[str, Any] | None = setting(
+        None, "least share of the budget's tokens that a kind of source of the pool gets, such as {code: 0.05}"
+    )
     gumbel_temperature: float = setting(0.0, "individual: temperature of Gumbel top-k; 0 takes the lowest influences", minimum=0.0)
 
 
@@ -212,6 +220,10 @@ class OracleConfig:
     budget_batch: int = setting(128, "adaptive budget: random rollouts between fits", minimum=4)
     budget_patience: int = setting(3, "adaptive budget: batches without a better held-out Spearman before collection stops", minimum=1)
     num_bootstrap_rollouts: int = setting(20000, "bootstrap rollouts per round, half lowest and half highest", minimum=0)
+    bootstrap: Literal["auto", "plain", "diverse"] = setting(
+        "auto",
+        "plain: the paper's beam search; diverse: no two rollouts of the same samples, each sample in few of them; auto follows the recipe",
+    )
     num_candidates: int = setting(81920, "samples the rollouts are drawn from", minimum=16)
     reference_samples: int = setting(128, "reference examples used, from the first", minimum=1)
     reference_batch_size: int = setting(
@@ -243,13 +255,24 @@ class RelationalConfig:
 
     encoder: str = setting("probe", "'probe' (hidden states of the checkpoint) or a Hugging Face encoder by name or path")
     encoder_max_tokens: int = setting(2048, "Hugging Face encoder: tokens of a sample that are encoded, in windows of 512", minimum=8)
+    encoder_layout: Literal["windows", "cut"] = setting(
+        "windows",
+        "Hugging Face encoder: windows: each of 512 tokens with a [CLS] and [SEP] of its own; cut: the whole text has one of each, "
+        "is cut into four of 512 and windows of padding count too, as the paper's authors do",
+    )
+    finetune_encoder: Literal["auto", "yes", "no"] = setting(
+        "auto", "Hugging Face encoder: train it with the rest of the model (no: as it is); auto: yes"
+    )
+    warm_start: bool = setting(False, "begin each round's fits at the previous round's model; the report compares with a fit from scratch")
     embedding_dim: int = setting(
         64, "size of the learned projection of the encoder's features (the paper recipe has none for a Hugging Face encoder)", minimum=2
     )
     labels: Literal["auto", "increments", "momentum_corrected"] = setting("auto", "target of the fit; auto follows the recipe")
     standardisation: Literal["auto", "pooled", "per_position"] = setting("auto", "how targets are standardised; auto follows the recipe")
     relation: Literal["auto", "product", "additive"] = setting("auto", "how a group changes a sample's influence; auto follows the recipe")
-    learning_rate: float = setting(3e-3, "AdamW peak learning rate of the fit (Hugging Face encoders: 5e-5)", minimum=0.0)
+    learning_rate: float | None = setting(
+        None, "AdamW peak learning rate of the fit; when unset 3e-3, and 5e-5 where an encoder is trained with it", minimum=0.0
+    )
     weight_decay: float = setting(0.01, "AdamW weight decay of the fit", minimum=0.0)
     warmup_steps: int = setting(50, "linear warm-up steps of the fit", minimum=0)
     epochs: int = setting(5, "passes over the training rollouts", minimum=1)

@@ -43,7 +43,7 @@ def resolve_recipe(config: Config) -> Recipe:
         embedding_dim=None if paper and settings.encoder != "probe" else settings.embedding_dim,
         relation=relation,
         standardisation=standardisation,
-        learning_rate=settings.learning_rate,
+        learning_rate=3e-3 if settings.learning_rate is None else settings.learning_rate,
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup_steps,
         epochs=settings.epochs,
