@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 from megatron_groupmates.config.errors import UserError
 from megatron_groupmates.config.schedule import decay_end, wsd_decay_steps
 from megatron_groupmates.config.sections import Config
@@ -120,6 +124,7 @@ def _check_schedule(config: Config) -> None:
 
 def _check_selection(config: Config) -> None:
     selection = config.selection
+    _check_source_shares(selection.minimum_source_share or {})
     if config.data.reference is None and selection.method != "random":
         raise UserError(
             f"data.reference: required by selection.method {selection.method!r}: the held-out examples whose loss selection minimises"
@@ -135,6 +140,9 @@ def _check_selection(config: Config) -> None:
             ("relational.relation", config.relational.relation, "product"),
             ("oracle.estimator", config.oracle.estimator, "exact"),
             ("oracle.budget", config.oracle.budget, "fixed"),
+            ("oracle.bootstrap", config.oracle.bootstrap, "plain"),
+            ("selection.share_per_cluster", config.selection.share_per_cluster, "equal"),
+            ("relational.finetune_encoder", config.relational.finetune_encoder, "yes"),
         ):
             if value not in ("auto", paper):
                 raise UserError(f"{path}: {value!r} is not the paper's choice ({paper!r}); use it with selection.recipe=default")
@@ -142,3 +150,11 @@ def _check_selection(config: Config) -> None:
         raise UserError(
             f"oracle.num_candidates: {config.oracle.num_candidates} is below oracle.rollout_length {config.oracle.rollout_length}"
         )
+
+
+def _check_source_shares(shares: Mapping[str, Any]) -> None:
+    for kind, share in shares.items():
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise UserError(f"selection.minimum_source_share: {kind}: {share!r} is not a share of the budget; give a number from 0 to 1")
+    if (total := math.fsum(shares.values())) > 1:
+        raise UserError(f"selection.minimum_source_share: the shares sum to {total:g}, above the whole budget; lower them to 1 at most")

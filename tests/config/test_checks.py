@@ -59,6 +59,16 @@ from tests.common.configs import tiny_config
         ({"selection": {"recipe": "paper"}, "relational": {"relation": "additive"}}, ["relational.relation: 'additive'", "'product'"]),
         ({"selection": {"recipe": "paper"}, "oracle": {"estimator": "first_order"}}, ["oracle.estimator: 'first_order'", "'exact'"]),
         ({"selection": {"recipe": "paper"}, "oracle": {"budget": "adaptive"}}, ["oracle.budget: 'adaptive'", "'fixed'"]),
+        ({"selection": {"recipe": "paper"}, "oracle": {"bootstrap": "diverse"}}, ["oracle.bootstrap: 'diverse'", "'plain'"]),
+        (
+            {"selection": {"recipe": "paper", "share_per_cluster": "global"}},
+            ["selection.share_per_cluster: 'global'", "'equal'", "recipe=default"],
+        ),
+        ({"selection": {"recipe": "paper"}, "relational": {"finetune_encoder": "no"}}, ["relational.finetune_encoder: 'no'", "'yes'"]),
+        ({"selection": {"minimum_source_share": {"code": 1.5}}}, ["selection.minimum_source_share: code: 1.5", "from 0 to 1"]),
+        ({"selection": {"minimum_source_share": {"code": "half"}}}, ["selection.minimum_source_share: code: 'half'", "from 0 to 1"]),
+        ({"selection": {"minimum_source_share": {"code": True}}}, ["selection.minimum_source_share: code: True"]),
+        ({"selection": {"minimum_source_share": {"code": 0.7, "prose": 0.5}}}, ["selection.minimum_source_share", "sum to 1.2", "lower them"]),
         ({"oracle": {"num_candidates": 16, "rollout_length": 17}}, ["oracle.num_candidates: 16", "oracle.rollout_length 17"]),
     ],
 )
