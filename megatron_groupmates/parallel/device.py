@@ -19,6 +19,11 @@ def resolve_precision(precision: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
+def has_fast_bfloat16() -> bool:
+    """True on CPUs that multiply bfloat16 in hardware, twice as many numbers at a time as float32."""
+    return bool(torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported())
+
+
 def prepare_cpu_backend() -> None:
     """Let megatron-core and DeepSpeed run on a host without CUDA; does nothing where CUDA is present.
 
