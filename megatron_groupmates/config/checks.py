@@ -142,13 +142,26 @@ def _check_selection(config: Config) -> None:
             ("oracle.budget", config.oracle.budget, "fixed"),
             ("oracle.bootstrap", config.oracle.bootstrap, "plain"),
             ("selection.share_per_cluster", config.selection.share_per_cluster, "equal"),
-            ("relational.finetune_encoder", config.relational.finetune_encoder, "yes"),
         ):
             if value not in ("auto", paper):
                 raise UserError(f"{path}: {value!r} is not the paper's choice ({paper!r}); use it with selection.recipe=default")
+    _check_encoder_training(config)
     if config.oracle.num_candidates < config.oracle.rollout_length:
         raise UserError(
             f"oracle.num_candidates: {config.oracle.num_candidates} is below oracle.rollout_length {config.oracle.rollout_length}"
+        )
+
+
+def _check_encoder_training(config: Config) -> None:
+    encoder, finetune = config.relational.encoder, config.relational.finetune_encoder
+    if encoder == "probe" and finetune == "yes":
+        raise UserError(
+            "relational.finetune_encoder: yes, but relational.encoder 'probe' is the checkpoint whose data is being selected and is "
+            "not trained here; name a Hugging Face encoder or use auto"
+        )
+    if encoder != "probe" and finetune == "no" and config.selection.recipe == "paper":
+        raise UserError(
+            f"relational.finetune_encoder: no, but the paper's recipe trains the encoder {encoder!r}; use auto or selection.recipe=default"
         )
 
 

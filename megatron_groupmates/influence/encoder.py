@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from megatron_groupmates.config import UserError
-from megatron_groupmates.model.batch import DocumentRules, Samples, document_inputs
-from megatron_groupmates.model.gpt import hidden_states
+from megatron_groupmates.model.batch import DocumentRules, Samples, document_inputs, pack
+from megatron_groupmates.model.gpt import hidden_states, packed_hidden_states, token_embeddings
+from megatron_groupmates.model.losses import IGNORED_LABEL
 
-WINDOW_TOKENS = 512
+# On the CPU a longer pass only leaves the caches; a GPU takes all it is given at once.
+_CPU_PASS_TOKENS = 4096
 
 
 class Encoder(Protocol):
@@ -27,79 +28,40 @@ class Encoder(Protocol):
 
 
 class ProbeEncoder:
-    """Hidden states of the language-model checkpoint itself, averaged over tokens: needs no other model."""
+    """The language-model checkpoint itself, which needs no other model: input embeddings and last hidden states, averaged over tokens.
+
+    Which words a sample has, as the mean embedding tells, says more of its influence than the hidden states do; both together
+    say most (``tools/bench/RESULTS.md``, "Features of the probe").
+    """
 
     def __init__(self, model: Any, hidden_size: int, rules: DocumentRules) -> None:
         self._model = model
         self._rules = rules
-        self.feature_dim = hidden_size
+        self.feature_dim = 2 * hidden_size
 
     def encode(self, samples: Samples) -> torch.Tensor:
         """See :class:`Encoder`. The oracle sees the same tokens, cut the same way."""
         # The last token is only ever a target; of a document of one token it is all there is.
         inputs = [sample[: max(1, len(sample) - 1)] for sample in samples]
-        # What fills a batch up lies behind all that is averaged: causal attention does not see it.
-        tokens = pad_sequence(inputs, batch_first=True, padding_value=self._rules.eot_id)
-        hidden = hidden_states(self._model, tokens, *document_inputs(tokens, self._rules)).float()
-        lengths = torch.tensor([len(part) for part in inputs], device=tokens.device)
-        inside = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(1) < lengths
-        return (hidden * inside.unsqueeze(-1)).sum(0) / lengths.unsqueeze(-1)
+        lengths = np.array([len(part) for part in inputs], np.int64)
+        device = inputs[0].device
+        limit = _CPU_PASS_TOKENS if device.type == "cpu" else int(lengths.sum())
+        features = torch.empty(len(inputs), self.feature_dim, device=device)
+        for numbers in token_batches(lengths, limit):
+            features[torch.from_numpy(numbers).to(device)] = self._means([inputs[number] for number in numbers])
+        return features
 
-
-class HuggingFaceEncoder:
-    """A frozen Hugging Face text encoder: mean over windows of the L2-normalised [CLS] vectors (paper section 3.2).
-
-    The sample is detokenised, tokenised with the encoder's tokenizer, and cut into windows of 512 tokens, each with its
-    own [CLS] and [SEP]; windows of padding alone do not exist.
-
-    Args:
-        name: model name or local path, for instance ``BAAI/bge-base-en-v1.5``.
-        detokenise: token ids -> text, by the pool's tokenizer.
-        max_tokens: encoder tokens used of each sample.
-        device: where the encoder runs.
-
-    Raises:
-        UserError: when the model cannot be loaded or its tokenizer has no [CLS] or [SEP].
-    """
-
-    def __init__(self, name: str, detokenise: Any, max_tokens: int, device: torch.device) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name)
-            self._model = AutoModel.from_pretrained(name).to(device).eval()
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"relational.encoder: cannot load {name!r} ({str(error).splitlines()[0]}); give a Hugging Face encoder's name, "
-                "a local directory, or 'probe', which needs no other model"
-            ) from error
-        if self._tokenizer.cls_token_id is None or self._tokenizer.sep_token_id is None:
-            raise UserError(f"relational.encoder: the tokenizer of {name!r} has no [CLS] or no [SEP] token; choose a BERT-like encoder")
-        self._detokenise = detokenise
-        self._max_tokens = max_tokens
-        self._device = device
-        self.feature_dim = self._model.config.hidden_size
-
-    @torch.no_grad()
-    def encode(self, samples: Samples) -> torch.Tensor:
-        """See :class:`Encoder`."""
-        windows, owners = self._windows([self._detokenise(sample.tolist()) for sample in samples])
-        batch = self._tokenizer.pad({"input_ids": windows}, return_tensors="pt").to(self._device)
-        first = torch.nn.functional.normalize(self._model(**batch).last_hidden_state[:, 0].float(), dim=-1)
-        owner = torch.tensor(owners, device=self._device)
-        total = torch.zeros(len(samples), self.feature_dim, device=self._device).index_add_(0, owner, first)
-        return total / torch.bincount(owner, minlength=len(samples)).unsqueeze(-1)
-
-    def _windows(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
-        """Token windows of all texts and the text each belongs to; an empty text has one window of [CLS] [SEP]."""
-        body = WINDOW_TOKENS - 2
-        windows, owners = [], []
-        for number, text in enumerate(texts):
-            ids = self._tokenizer(text, add_special_tokens=False, truncation=True, max_length=self._max_tokens)["input_ids"]
-            for first in range(0, max(1, len(ids)), body):
-                windows.append([self._tokenizer.cls_token_id, *ids[first : first + body], self._tokenizer.sep_token_id])
-                owners.append(number)
-        return windows, owners
+    def _means(self, inputs: list[torch.Tensor]) -> torch.Tensor:
+        """Means over tokens float32 ``[n, feature_dim]`` of ``inputs``, by one forward pass without padding."""
+        lengths = [len(part) for part in inputs]
+        if min(lengths) == max(lengths) and not self._rules.reset_attention_mask:
+            tokens = torch.stack(inputs)
+            states = hidden_states(self._model, tokens, *document_inputs(tokens, self._rules))
+            return torch.cat([part.float().mean(0) for part in (token_embeddings(self._model, tokens), states)], dim=-1)
+        batch = pack([(part, torch.full_like(part, IGNORED_LABEL)) for part in inputs], self._rules)
+        embeddings = token_embeddings(self._model, batch.tokens).squeeze(1)
+        both = torch.cat([embeddings.float(), packed_hidden_states(self._model, batch).float()], dim=-1)
+        return torch.stack([part.mean(0) for part in both.split(lengths)])
 
 
 def encode_rows(
@@ -107,7 +69,7 @@ def encode_rows(
     rows: np.ndarray,
     lengths: np.ndarray,
     read_samples: Callable[[np.ndarray], Samples],
-    batch_size: int,
+    batch_tokens: int,
     on_samples: Callable[[int], Any] = lambda count: None,
 ) -> np.ndarray:
     """Features float32 ``[len(rows), feature_dim]`` of pool ``rows``, in batches of samples of like length.
@@ -117,15 +79,35 @@ def encode_rows(
     Args:
         encoder: what encodes.
         rows: int64 ``[n]``.
-        lengths: int ``[n]``, tokens of each row.
-        read_samples: pool rows -> their tokens.
-        batch_size: samples at a time.
+        lengths: int ``[n]``, tokens that ``read_samples`` gives of each row.
+        read_samples: pool rows -> their tokens; called in another thread, for one batch while the one before is encoded.
+        batch_tokens: at a time, which a sample by itself may exceed.
         on_samples: called with the number of samples after each batch.
     """
     features = np.empty((len(rows), encoder.feature_dim), dtype=np.float32)
-    order = np.argsort(lengths, kind="stable")
-    for first in range(0, len(rows), batch_size):
-        part = order[first : first + batch_size]
-        features[part] = encoder.encode(read_samples(rows[part])).cpu().numpy()
+    batches = list(token_batches(lengths, batch_tokens))
+    for part, samples in zip(batches, _read_ahead(read_samples, [rows[part] for part in batches]), strict=True):
+        features[part] = encoder.encode(samples).cpu().numpy()
         on_samples(len(part))
     return features
+
+
+def _read_ahead(read_samples: Callable[[np.ndarray], Samples], batches: Sequence[np.ndarray]) -> Iterator[Samples]:
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        coming = [executor.submit(read_samples, batch) for batch in batches[:1]]
+        for batch in batches[1:]:
+            coming.append(executor.submit(read_samples, batch))
+            yield coming.pop(0).result()
+        for last in coming:
+            yield last.result()
+
+
+def token_batches(lengths: np.ndarray, num_tokens: int) -> Iterator[np.ndarray]:
+    """Places int64 in ``lengths``, short to long, in batches of at most ``num_tokens`` tokens, which one alone may exceed."""
+    order = np.argsort(lengths, kind="stable")
+    before = np.concatenate([[0], np.cumsum(lengths[order], dtype=np.int64)])
+    first = 0
+    while first < len(order):
+        stop = max(first + 1, int(np.searchsorted(before, before[first] + num_tokens, side="right")) - 1)
+        yield order[first:stop]
+        first = stop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_groupmates.influence.labels import Standardiser
 from megatron_groupmates.influence.relation import RELATIONS, Relation, relation_scores
 from megatron_groupmates.utils.files import read_json, write_bytes, write_json
 
-_WEIGHTS, _CONFIG = "model.safetensors", "model.json"
+_WEIGHTS, _CONFIG, _ENCODER = "model.safetensors", "model.json", "encoder"
 
 
 def mean_preceding_similarity(embeddings: Tensor) -> Tensor:
@@ -82,6 +83,8 @@ class RelationalModel(nn.Module):
 
     Attributes:
         standardiser: statistics of the labels it was fitted to, saved with it; None before the fit.
+        encoder_directory: of a loaded model, where the encoder lies that was trained with it; None: its features are an
+            untrained encoder's.
     """
 
     def __init__(self, feature_dim: int, embedding_dim: int, relation: str = "product", projection: bool = True, seed: int = 0) -> None:
@@ -103,6 +106,7 @@ class RelationalModel(nn.Module):
             )
         self.feature_dim, self.embedding_dim, self.relation = feature_dim, embedding_dim, relation
         self.standardiser: Standardiser | None = None
+        self.encoder_directory: Path | None = None
         generator = torch.Generator().manual_seed(seed)
         if projection:
             weight = torch.randn(embedding_dim, feature_dim, generator=generator) / feature_dim**0.5
@@ -149,19 +153,33 @@ class RelationalModel(nn.Module):
         start = {"alpha": 1.0, "tau": 1.0, "gamma": 0.0, "offset": 0.0}
         return {name: getattr(self, name, value) for name, value in start.items()}
 
-    def save(self, directory: Path | str) -> None:
-        """Write weights and input statistics (safetensors), then shape and label statistics (JSON, last)."""
+    def shape(self) -> dict[str, Any]:
+        """What two models must share to exchange weights: the arguments of the constructor but the seed."""
+        return {
+            "feature_dim": self.feature_dim,
+            "embedding_dim": self.embedding_dim,
+            "relation": self.relation,
+            "projection": self.projection is not None,
+        }
+
+    def save(self, directory: Path | str, write_encoder: Callable[[Path], object] | None = None) -> None:
+        """Write weights and input statistics (safetensors), then shape and label statistics (JSON, last).
+
+        Args:
+            directory: created where it is missing.
+            write_encoder: called with a directory to leave the encoder in that was trained with the model, and its tokenizer.
+        """
         directory = Path(directory)
+        if write_encoder is not None:
+            write_encoder(directory / _ENCODER)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         write_bytes(directory / _WEIGHTS, save(weights))
         write_json(
             directory / _CONFIG,
             {
-                "feature_dim": self.feature_dim,
-                "embedding_dim": self.embedding_dim,
-                "relation": self.relation,
-                "projection": self.projection is not None,
+                **self.shape(),
                 "targets": None if self.standardiser is None else self.standardiser.to_json(),
+                "encoder": None if write_encoder is None else _ENCODER,
             },
         )
 
@@ -176,8 +194,9 @@ class RelationalModel(nn.Module):
         if not (directory / _CONFIG).exists() or not (directory / _WEIGHTS).exists():
             raise UserError(f"no relational model in {directory}: it needs {_CONFIG} and {_WEIGHTS}; fit it again")
         config = read_json(directory / _CONFIG)
-        targets = config.pop("targets")
+        targets, encoder = config.pop("targets"), config.pop("encoder", None)
         model = cls(**config)
+        model.encoder_directory = None if encoder is None else directory / encoder
         model.load_state_dict(load_file(directory / _WEIGHTS))
         model.standardiser = None if targets is None else Standardiser.from_json(targets)
         return model

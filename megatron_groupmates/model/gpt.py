@@ -91,6 +91,18 @@ def hidden_states(
         return token_logits(model, tokens, attention_mask, position_ids)
 
 
+@torch.no_grad()
+def packed_hidden_states(model: GPTModel, batch: PackedBatch) -> torch.Tensor:
+    """As :func:`hidden_states`, of a packed batch: ``[t, h]``. Collective over the tensor-parallel group."""
+    return _packed_hidden(model, batch).squeeze(1)
+
+
+@torch.no_grad()
+def token_embeddings(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Input embeddings ``[s, b, h]`` of ``tokens`` int64 ``[b, s]``, the same on every rank. Collective over the tensor-parallel group."""
+    return model.embedding(tokens, position_ids=None)
+
+
 def packed_logits(model: GPTModel, batch: PackedBatch, num_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Logits where a packed batch is scored, in parts of at most ``num_tokens`` tokens: the output layer sees nothing else.
 
@@ -99,12 +111,15 @@ def packed_logits(model: GPTModel, batch: PackedBatch, num_tokens: int) -> Itera
     Yields:
         (logits ``[1, n, vocab / tensor_size]``, labels int64 ``[1, n]``).
     """
-    with _without_output_layer(model):
-        hidden = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.segments)
-    chosen = hidden[batch.scored]
+    chosen = _packed_hidden(model, batch)[batch.scored]
     for part, labels in zip(chosen.split(num_tokens), batch.labels.split(num_tokens), strict=True):
         logits, _ = model.output_layer(part)
         yield logits.transpose(0, 1), labels.unsqueeze(0)
+
+
+def _packed_hidden(model: GPTModel, batch: PackedBatch) -> torch.Tensor:
+    with _without_output_layer(model):
+        return model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.segments)
 
 
 @contextlib.contextmanager

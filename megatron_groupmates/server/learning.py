@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_groupmates.config import UserError, oracle_estimator
+from megatron_groupmates.influence.bootstrap import bootstrap_coverage
 from megatron_groupmates.influence.encoder import Encoder
 from megatron_groupmates.influence.probe import Probe
 from megatron_groupmates.influence.relational import RelationalModel
@@ -15,15 +16,9 @@ from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.server.collecting import collect_random
 from megatron_groupmates.server.context import RoundContext
 from megatron_groupmates.server.estimating import open_oracle, validate
+from megatron_groupmates.server.fitting import fit_model, last_good_model, open_candidates
 from megatron_groupmates.server.noise import measure_noise
-from megatron_groupmates.server.stages import (
-    choose_candidates,
-    draw_bootstrap,
-    encode,
-    fit_model,
-    last_good_model,
-    measure_oracles,
-)
+from megatron_groupmates.server.stages import choose_candidates, draw_bootstrap, measure_oracles
 from megatron_groupmates.utils.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -45,42 +40,43 @@ def learn_influence(
     Raises:
         UserError: every fit was refused and no earlier round left a good model.
     """
-    candidates = choose_candidates(context, available)
-    features = encode(context, encoder, context.pool, candidates, "candidates")
+    candidates = open_candidates(context, encoder, choose_candidates(context, available))
+    rows = candidates.rows
 
-    oracle = open_oracle(context, probe, candidates)
-    rollouts, losses, budget = collect_random(context, probe, candidates, features, oracle)
-    validation = validate(context, probe, candidates, rollouts, losses, oracle)
+    oracle = open_oracle(context, probe, rows)
+    rollouts, losses, budget = collect_random(context, probe, candidates, oracle)
+    validation = validate(context, probe, rows, rollouts, losses, oracle)
     if validation is not None and validation["fell_back"]:
         oracle = oracle.fall_back()
-        rollouts, losses, budget = collect_random(context, probe, candidates, features, oracle)
-    noise = measure_noise(context, probe, reference_pool, candidates, rollouts)
-    num_random, num_bootstrap = len(rollouts), 0
-    model, init_report = fit_model(context, "init", features, rollouts, losses, oracle.dense)
+        rollouts, losses, budget = collect_random(context, probe, candidates, oracle)
+    noise = measure_noise(context, probe, reference_pool, rows, rollouts)
+    num_random, bootstrap = len(rollouts), None
+    model, init_report = fit_model(context, "init", candidates, rollouts, losses, oracle.dense)
     reports = {"init": init_report}
 
     wanted = context.config.oracle.num_bootstrap_rollouts
     if context.config.oracle.budget == "adaptive":
         wanted = min(wanted, num_random)
     if model is not None and wanted:
-        bootstrap = draw_bootstrap(context, model, features, wanted)
+        bootstrap = draw_bootstrap(context, model, candidates.features(context, model), wanted)
         name = oracle.rollout_stage("oracle_bootstrap")
-        more = measure_oracles(context, name, probe, candidates, bootstrap, oracle.rollout_estimator)
-        rollouts, losses, num_bootstrap = np.concatenate([rollouts, bootstrap]), np.concatenate([losses, more]), len(bootstrap)
+        more = measure_oracles(context, name, probe, rows, bootstrap, oracle.rollout_estimator)
+        rollouts, losses = np.concatenate([rollouts, bootstrap]), np.concatenate([losses, more])
     facts = {
         "estimator": oracle.estimator,
         "requested": oracle_estimator(context.config),
         "learning_rate": context.oracle_learning_rate,
-        "rollouts": {"random": num_random, "bootstrap": num_bootstrap},
+        "rollouts": {"random": num_random, "bootstrap": 0 if bootstrap is None else len(bootstrap)},
         "validation": validation,
         "budget": budget,
         "noise": noise,
+        "bootstrap": None if bootstrap is None else bootstrap_coverage(bootstrap),
     }
     context.on_main(lambda: _keep(context, facts))
-    final, reports["final"] = fit_model(context, "final", features, rollouts, losses, oracle.dense)
+    final, reports["final"] = fit_model(context, "final", candidates, rollouts, losses, oracle.dense)
     if final is not None:
         return final, reports
-    return _last_good_model(context, reports)
+    return _last_good_model(context, model, reports)
 
 
 def _keep(context: RoundContext, facts: dict[str, Any]) -> None:
@@ -90,12 +86,18 @@ def _keep(context: RoundContext, facts: dict[str, Any]) -> None:
         write_json(path, facts)
 
 
-def _last_good_model(context: RoundContext, reports: dict[str, Any]) -> tuple[RelationalModel, dict[str, Any]]:
-    earlier = last_good_model(context)
-    if earlier is None:
+def _last_good_model(
+    context: RoundContext, init: RelationalModel | None, reports: dict[str, Any]
+) -> tuple[RelationalModel, dict[str, Any]]:
+    """In place of a refused ``final`` model: this round's ``init`` if that one is good, else the newest one of an earlier round."""
+    if init is not None:
+        model, directory = init, context.directory / "init"
+    elif (earlier := last_good_model(context)) is not None:
+        model, directory = earlier[0], context.paths.round(earlier[1]) / "final"
+    else:
         raise UserError(
             "every fit of the relational model has the wrong sign on held-out rollouts, and there is no earlier model to fall "
             "back on; raise oracle.num_random_rollouts or lower oracle.learning_rate"
         )
-    logger.warning("round %d: every fit was refused; selecting with the last good model, %s", context.input.number, earlier[1])
-    return earlier[0], {**reports, "fell_back_on": str(earlier[1].relative_to(context.paths.root))}
+    logger.warning("round %d: the final fit was refused; selecting with the last good model, %s", context.input.number, directory)
+    return model, {**reports, "fell_back_on": str(directory.relative_to(context.paths.root))}

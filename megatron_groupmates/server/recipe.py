@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_groupmates.config import Config
-from megatron_groupmates.influence.fit import FitSettings
+from megatron_groupmates.config.sections import RelationalConfig
+from megatron_groupmates.influence.fit_settings import FitSettings
 from megatron_groupmates.selection.select import SelectionRecipe
 
 
@@ -16,12 +17,14 @@ class Recipe:
     Attributes:
         labels: ``increments`` or ``momentum_corrected``.
         bootstrap: ``plain`` beam search or ``diverse``.
+        finetune_encoder: the text encoder is trained with the relational model.
         fit: settings of both fits.
         selection: settings of the group selection.
     """
 
     labels: str
     bootstrap: str
+    finetune_encoder: bool
     fit: FitSettings
     selection: SelectionRecipe
 
@@ -38,22 +41,36 @@ def resolve_recipe(config: Config) -> Recipe:
     labels = settings.labels if settings.labels != "auto" else "increments" if paper else "momentum_corrected"
     standardisation = settings.standardisation if settings.standardisation != "auto" else "pooled" if paper else "per_position"
     relation = settings.relation if settings.relation != "auto" else "product"
+    finetune = _finetunes(settings)
     fit = FitSettings(
-        # The paper's embeddings are the encoder's own; the probe's features need the projection to be compared at all.
-        embedding_dim=None if paper and settings.encoder != "probe" else settings.embedding_dim,
+        # A trained encoder's features are the embeddings, as in the paper; a frozen one's need the projection to fit the task.
+        embedding_dim=None if finetune else settings.embedding_dim,
         relation=relation,
         standardisation=standardisation,
-        learning_rate=3e-3 if settings.learning_rate is None else settings.learning_rate,
+        learning_rate=(5e-5 if finetune else 3e-3) if settings.learning_rate is None else settings.learning_rate,
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup_steps,
-        epochs=settings.epochs,
+        epochs=(5 if paper or finetune else 30) if settings.epochs is None else settings.epochs,
         batch_rollouts=settings.batch_rollouts,
         held_out_fraction=settings.held_out_fraction,
     )
+    share = config.selection.share_per_cluster if config.selection.share_per_cluster != "auto" else "equal" if paper else "global"
     selection = SelectionRecipe(
-        share_per_cluster="equal" if paper else "global",
+        share_per_cluster=share,
         num_clusters=config.selection.num_clusters,
         kmeans_iterations=config.selection.kmeans_iterations,
         gumbel_temperature=config.selection.gumbel_temperature,
+        minimum_source_share=config.selection.minimum_source_share or {},
     )
-    return Recipe(labels=labels, bootstrap="plain" if paper else "diverse", fit=fit, selection=selection)
+    return Recipe(
+        labels=labels,
+        bootstrap=config.oracle.bootstrap if config.oracle.bootstrap != "auto" else "plain" if paper else "diverse",
+        finetune_encoder=finetune,
+        fit=fit,
+        selection=selection,
+    )
+
+
+def _finetunes(settings: RelationalConfig) -> bool:
+    """Whether an encoder is trained: a text encoder is unless told otherwise, the probe never."""
+    return settings.encoder != "probe" and settings.finetune_encoder != "no"

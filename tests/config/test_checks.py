@@ -64,11 +64,18 @@ from tests.common.configs import tiny_config
             {"selection": {"recipe": "paper", "share_per_cluster": "global"}},
             ["selection.share_per_cluster: 'global'", "'equal'", "recipe=default"],
         ),
-        ({"selection": {"recipe": "paper"}, "relational": {"finetune_encoder": "no"}}, ["relational.finetune_encoder: 'no'", "'yes'"]),
+        ({"relational": {"finetune_encoder": "yes"}}, ["relational.finetune_encoder: yes", "'probe'", "use auto"]),
+        (
+            {"selection": {"recipe": "paper"}, "relational": {"encoder": "bge", "finetune_encoder": "no"}},
+            ["relational.finetune_encoder: no", "'bge'", "recipe=default"],
+        ),
         ({"selection": {"minimum_source_share": {"code": 1.5}}}, ["selection.minimum_source_share: code: 1.5", "from 0 to 1"]),
         ({"selection": {"minimum_source_share": {"code": "half"}}}, ["selection.minimum_source_share: code: 'half'", "from 0 to 1"]),
         ({"selection": {"minimum_source_share": {"code": True}}}, ["selection.minimum_source_share: code: True"]),
-        ({"selection": {"minimum_source_share": {"code": 0.7, "prose": 0.5}}}, ["selection.minimum_source_share", "sum to 1.2", "lower them"]),
+        (
+            {"selection": {"minimum_source_share": {"code": 0.7, "prose": 0.5}}},
+            ["selection.minimum_source_share", "sum to 1.2", "lower them"],
+        ),
         ({"oracle": {"num_candidates": 16, "rollout_length": 17}}, ["oracle.num_candidates: 16", "oracle.rollout_length 17"]),
     ],
 )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_groupmates.config import Config, RunPaths
+from megatron_groupmates.influence.bootstrap import bootstrap_coverage
 from megatron_groupmates.pool.generation import load_generation
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.server import collecting, watch
@@ -74,7 +75,9 @@ class TestEstimators:
             "validation": None,
             "budget": {"kind": "fixed", "maximum": 20, "curve": [], "stopped": "fixed"},
             "noise": None,
+            "bootstrap": bootstrap_coverage(arrays(config, "bootstrap")["rollouts"]),
         }
+        assert found["bootstrap"]["rollouts"] == 6
         assert found["learning_rate"] == RATE
         assert stages(config) == {"oracle_random", "oracle_bootstrap"}
         assert all(str(arrays(config, name)["estimator"]) == "exact" for name in stages(config))
@@ -150,6 +153,7 @@ class TestAdaptiveBudget:
         assert found["rollouts"] == {"random": 16, "bootstrap": 16}
         monkeypatch.undo()
         fixed = run_round("b", oracle__num_bootstrap_rollouts=0)
+        assert facts(fixed)["bootstrap"] is None
         measured = [arrays(config, f"oracle_random.batch-{number:06d}")["losses"] for number in range(4)]
         assert np.array_equal(np.concatenate(measured), arrays(fixed, "oracle_random")["losses"][:16])
 

@@ -27,7 +27,7 @@ import torch
 import yaml
 
 from megatron_groupmates.config import Config, config_from_dict, learning_rate
-from megatron_groupmates.influence.fit import Individual, fit_relational
+from megatron_groupmates.influence.fit import fit_relational
 from megatron_groupmates.influence.labels import Standardiser, influence_labels
 from megatron_groupmates.influence.metrics import spearman
 from megatron_groupmates.influence.oracle import draw_random_rollouts
@@ -111,7 +111,10 @@ class Experiment:
         read = sample_reader(pool, groups.device, sequence)
         count = arguments.candidates + arguments.held_out_candidates
         rows = np.random.default_rng(1).choice(pool.num_samples, count, replace=False)
-        self.features = encode_rows(ProbeEncoder(model, config.model.hidden_size, rules), rows, pool.lengths[rows], read, 64)
+        encoder = ProbeEncoder(model, config.model.hidden_size, rules)
+        features = encode_rows(encoder, rows, pool.lengths[rows], read, 64 * (sequence + 1))
+        half = {"both": slice(None), "embeddings": slice(None, config.model.hidden_size), "hidden": slice(config.model.hidden_size, None)}
+        self.features = np.ascontiguousarray(features[:, half[arguments.features]])
         self.read_samples = lambda numbers: read(rows[numbers])
         forward = model_size(config).forward_flops_per_token
         self.sample_flops, self.reference_flops = forward * sequence, forward * self.probe.num_reference_tokens
@@ -142,12 +145,12 @@ class Experiment:
         losses = measure_rollouts(self.probe, rollouts, self.read_samples, rate, estimator)
         return influence_labels(losses, "momentum_corrected", self.config.optimizer.beta1)
 
-    def qualities(self, labels: np.ndarray, targets: np.ndarray, individual: Individual | None) -> list[float]:
+    def qualities(self, labels: np.ndarray, targets: np.ndarray, individual: np.ndarray | None) -> list[float]:
         """For each seed of the fit, the rank correlation of its predictions for the held-out rollouts with ``targets``; nan if refused."""
         found = []
         for seed in range(self.arguments.fit_seeds):
-            features = self.features[self.rollouts[: len(labels)]]
-            model = fit_relational(features, labels, resolve_recipe(self.config).fit, seed, individual=individual).model
+            rollouts, settings = self.rollouts[: len(labels)], resolve_recipe(self.config).fit
+            model = fit_relational(self.features, rollouts, labels, settings, seed, individual=individual).model
             if model is None:
                 found.append(float("nan"))
                 continue
@@ -169,7 +172,7 @@ class Experiment:
                 count = self.affordable(estimator, 1e9 * budget)
                 fixed, each = self.costs(estimator)
                 labels = measured["first_order" if estimator == "first_order" else "exact"][:count]
-                individual = (self.features[: len(numbers)], dense) if estimator == "directional" else None
+                individual = dense if estimator == "directional" else None
                 yield Outcome(rate, estimator, count, fixed + each * count, self.qualities(labels, targets, individual))
         count = len(measured["exact"])
         exact = _standardised(measured["exact"])
@@ -224,6 +227,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=40, help="held-out exact rollouts (default: 40)")
     parser.add_argument("--reference-samples", type=int, default=32, help="reference examples (default: 32)")
     parser.add_argument("--gflops", type=float, nargs="+", default=[300, 600, 1200], metavar="G", help="budgets (default: 300 600 1200)")
+    parser.add_argument(
+        "--features",
+        choices=("both", "embeddings", "hidden"),
+        default="both",
+        help="of the probe that the fit reads: mean embeddings, mean last hidden states, or both as in a run (default)",
+    )
     parser.add_argument("--fit-seeds", type=int, default=3, help="fits of each budget (default: 3)")
     parser.add_argument("--plot", type=Path, help="write a plot to this file")
     return parser.parse_args()
