@@ -31,8 +31,13 @@ def individual_order(individual: np.ndarray, temperature: float = 0.0, seed: int
     return np.argsort(individual, kind="stable")
 
 
-def similarity_order(embeddings: np.ndarray, reference_embeddings: np.ndarray) -> np.ndarray:
-    """Rows by mean cosine to the reference examples, highest first, ties by row; int64 ``[n]``.
+def similarity_order(similarity: np.ndarray) -> np.ndarray:
+    """Rows by their :func:`similarities` ``[n]``, highest first, ties by row; int64 ``[n]``."""
+    return np.argsort(-similarity, kind="stable")
+
+
+def similarities(embeddings: np.ndarray, reference_embeddings: np.ndarray) -> np.ndarray:
+    """Mean cosine of each row to the reference examples, float64 ``[n]``; of a row of zeros, 0.
 
     Args:
         embeddings: float ``[n, d]``.
@@ -45,8 +50,8 @@ def similarity_order(embeddings: np.ndarray, reference_embeddings: np.ndarray) -
         )
     direction = _unit(reference_embeddings).mean(axis=0)
     # Row by row and in float64, so that equal samples tie whatever the number of rows.
-    similarity = [np.vecdot(_unit(embeddings[start : start + 65536]), direction) for start in range(0, len(embeddings), 65536)]
-    return np.argsort(-np.concatenate([np.empty(0), *similarity]), kind="stable")
+    parts = [np.vecdot(_unit(embeddings[start : start + 8192]), direction) for start in range(0, len(embeddings), 8192)]
+    return np.concatenate([np.empty(0), *parts])
 
 
 def overlap(selections: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str, float]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -33,45 +33,38 @@ def cluster_quotas(cluster_tokens: np.ndarray, budget_tokens: int) -> np.ndarray
     return np.array(quotas, np.int64)
 
 
-def take_equal_shares(
-    sequences: Iterable[Iterator[int]], lengths: np.ndarray, cluster_tokens: np.ndarray, budget_tokens: int
-) -> list[list[int]]:
-    """Take from every cluster, in its own order, the same share of its tokens.
+def take_equal_shares(offered: Iterable[np.ndarray], quotas: np.ndarray, budget_tokens: int) -> np.ndarray:
+    """How many of its samples, in its own order, each cluster gives so that all give the same share of their tokens.
 
     Each cluster gives samples while they fit its quota. What all quotas together leave over is then offered to the
     clusters by the tokens that each is short of, largest first (ties: lower cluster), one sample each, until one does
     not fit. The total is at most the budget and short of it by less than that sample.
 
     Args:
-        sequences: for each cluster its rows in order of choice; advanced only as far as needed.
-        lengths: int ``[n]``, tokens of each row.
-        cluster_tokens: int ``[C]``, tokens in each cluster.
+        offered: for each cluster the tokens of its samples in order of choice, int, up to the first that does not fit its quota.
+        quotas: int64 ``[C]``, from :func:`cluster_quotas`.
         budget_tokens: tokens to take at most.
 
     Returns:
-        For each cluster its rows in order of choice.
+        int64 ``[C]``.
     """
-    quotas = cluster_quotas(cluster_tokens, budget_tokens)
-    taken: list[list[int]] = []
+    counts = np.zeros(len(quotas), np.int64)
     refused: list[tuple[int, int, int]] = []
     remaining = budget_tokens
-    for cluster, (sequence, quota) in enumerate(zip(sequences, quotas.tolist(), strict=True)):
-        rows: list[int] = []
-        left = quota
-        for row in sequence:
-            if lengths[row] > left:
-                refused.append((-left, cluster, row))
-                break
-            rows.append(row)
-            left -= int(lengths[row])
-        taken.append(rows)
-        remaining -= quota - left
-    for _, cluster, row in sorted(refused):
-        if lengths[row] > remaining:
+    for cluster, (lengths, quota) in enumerate(zip(offered, quotas.tolist(), strict=True)):
+        tokens = np.cumsum(lengths, dtype=np.int64)
+        count = int(np.searchsorted(tokens, quota, side="right"))
+        used = int(tokens[count - 1]) if count else 0
+        counts[cluster] = count
+        remaining -= used
+        if count < len(lengths):
+            refused.append((used - quota, cluster, int(lengths[count])))
+    for _, cluster, length in sorted(refused):
+        if length > remaining:
             break
-        taken[cluster].append(row)
-        remaining -= int(lengths[row])
-    return taken
+        counts[cluster] += 1
+        remaining -= length
+    return counts
 
 
 def take_in_order(order: np.ndarray, lengths: np.ndarray, budget_tokens: int) -> np.ndarray:

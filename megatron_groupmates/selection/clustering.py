@@ -1,16 +1,23 @@
-"""Spherical k-means of the pool's embeddings by faiss (paper section 3.4)."""
+"""Spherical k-means of the pool's embeddings (paper section 3.4): trained on a sample by faiss, all rows assigned by blocks."""
 
 from __future__ import annotations
 
 import dataclasses
 import types
+from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from megatron_groupmates.config.errors import UserError
+from megatron_groupmates.selection.assignment import Assigner
+from megatron_groupmates.selection.store import ArrayStore, Store
 
 SAMPLES_PER_CLUSTER = 2948
 """The paper's density: 29,478,616 samples in 10,000 clusters."""
+
+TRAIN_SAMPLES_PER_CLUSTER = 256
+_READ_ROWS = 16384
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,45 +39,90 @@ def default_num_clusters(num_samples: int) -> int:
 
 
 def cluster(
-    embeddings: np.ndarray, num_clusters: int | None = None, *, seed: int, num_iterations: int = 100, train_samples_per_cluster: int = 256
+    embeddings: np.ndarray | Store,
+    num_clusters: int | None = None,
+    *,
+    seed: int,
+    num_iterations: int = 100,
+    train_samples_per_cluster: int = TRAIN_SAMPLES_PER_CLUSTER,
+    device: torch.device | str = "cpu",
 ) -> Clustering:
     """Spherical k-means, trained on a sample of the rows, then all rows assigned; deterministic for a seed on a CPU.
 
+    Arguments and errors as :func:`train_centroids`; ``embeddings`` may be an array ``[n, d]``.
+    """
+    store = embeddings if not isinstance(embeddings, np.ndarray) else ArrayStore(embeddings, np.zeros(len(embeddings)))
+    centroids = train_centroids(
+        store, num_clusters, seed=seed, num_iterations=num_iterations, train_samples_per_cluster=train_samples_per_cluster
+    )
+    return without_empty(assign_range(store, 0, store.num_rows, Assigner(centroids, device)), centroids)
+
+
+def train_centroids(
+    store: Store,
+    num_clusters: int | None = None,
+    *,
+    seed: int,
+    num_iterations: int = 100,
+    train_samples_per_cluster: int = TRAIN_SAMPLES_PER_CLUSTER,
+) -> np.ndarray:
+    """Centroids float32 ``[C, d]`` of unit length, trained on a sample of the rows of ``store``, on a GPU where faiss finds one.
+
     Args:
-        embeddings: float ``[n, d]``; clustered by direction, so their length does not matter.
-        num_clusters: clusters to make, at most n; by ``default_num_clusters`` when None. Clusters that end empty are
-            dropped and the others renumbered, so there may be fewer.
+        store: embeddings of any length: they are clustered by direction.
+        num_clusters: clusters to make, at most n; by ``default_num_clusters`` when None.
         seed: decides the training sample and the first centroids.
         num_iterations: of k-means.
-        train_samples_per_cluster: rows used for training, for each cluster.
+        train_samples_per_cluster: rows used for training, for each cluster: what is held in memory, as float32.
 
     Raises:
         UserError: faiss is not installed, no samples, or no clusters asked for.
     """
-    num_samples = len(embeddings)
+    num_samples = store.num_rows
     wanted = default_num_clusters(num_samples) if num_clusters is None else num_clusters
     if num_samples == 0 or wanted < 1:
         raise UserError(f"cannot make {wanted} clusters of {num_samples} samples; both must be at least 1")
-    unit = _normalised(embeddings)
     wanted = min(wanted, num_samples)
+    sample = _normalised(store.take(_sample(num_samples, wanted * train_samples_per_cluster, seed)))
     if wanted == 1:
-        return Clustering(labels=np.zeros(num_samples, np.int32), centroids=_normalised(unit.mean(axis=0)[None]))
+        return _normalised(sample.mean(axis=0)[None])
     faiss = _import_faiss()
     kmeans = faiss.Kmeans(
-        unit.shape[1],
+        sample.shape[1],
         wanted,
         niter=num_iterations,
         spherical=True,
         seed=seed,
         verbose=False,
         min_points_per_centroid=1,
-        max_points_per_centroid=train_samples_per_cluster,
+        max_points_per_centroid=len(sample),
         gpu=hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0,
     )
-    kmeans.train(unit)
-    _, nearest = kmeans.index.search(unit, 1)
-    used, labels = np.unique(nearest[:, 0], return_inverse=True)
-    return Clustering(labels=labels.reshape(-1).astype(np.int32), centroids=kmeans.centroids[used].copy())
+    kmeans.train(sample)
+    return np.ascontiguousarray(kmeans.centroids, np.float32)
+
+
+def assign_range(store: Store, first: int, stop: int, assigner: Assigner, done: Callable[[int], object] | None = None) -> np.ndarray:
+    """Labels int32 of the rows ``first .. stop - 1``, read block by block; ``done`` is told of the rows of each block."""
+    labels = np.empty(stop - first, np.int32)
+    for begin in range(first, stop, _READ_ROWS):
+        end = min(begin + _READ_ROWS, stop)
+        labels[begin - first : end - first] = assigner(store.read(begin, end), done)
+    return labels
+
+
+def without_empty(labels: np.ndarray, centroids: np.ndarray) -> Clustering:
+    """Drop the clusters that no row is in and renumber the others in their order."""
+    used = np.bincount(labels, minlength=len(centroids)) > 0
+    numbers = np.cumsum(used, dtype=np.int32) - np.int32(1)
+    return Clustering(labels=numbers[labels], centroids=centroids[used])
+
+
+def _sample(num_samples: int, wanted: int, seed: int) -> np.ndarray:
+    """Ascending int64 rows, at most ``wanted``, drawn uniformly."""
+    if wanted >= num_samples:
+        return np.arange(num_samples)
+    return np.sort(np.random.default_rng(seed).choice(num_samples, size=wanted, replace=False))
 
 
 def _normalised(rows: np.ndarray) -> np.ndarray:

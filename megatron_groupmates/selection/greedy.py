@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
-import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_groupmates.config.errors import UserError
 from megatron_groupmates.influence.relation import Relation
+from megatron_groupmates.selection.greedy_block import End, Steps
+from megatron_groupmates.selection.greedy_pool import Pool
+from megatron_groupmates.selection.greedy_state import GreedyState
 
-_SHORTLIST_FROM = 512
-_LARGEST_SHORTLIST = 1024
-_MOST_RECHECKED = 24
-_ROUNDING = 1 + 1e-9
+if TYPE_CHECKING:
+    from megatron_groupmates.selection.greedy_crowd import Crowd
+
 _LARGEST_VALUE = 1e90
-_TINY = 1e-300
+_LONGEST_BLOCK = 512
+_CROWD_BATCH, _SHORTEST_SPAN, _LARGEST_CROWD = 128, 64, 1 << 27
+_COST_OF_BLOCK, _COST_OF_ONE, _COST_OF_PASS, _COST_OF_STEP = 8000.0, 4000.0, 6.0, 1500.0
+_COST_IN_CROWD, _COST_OF_CROWD, _COST_TO_START = 0.4, 170.0, 1e5
+
+Batch = tuple[np.ndarray, np.ndarray]
+"""Indices int64 and scores float64, in order of choice."""
 
 
 def greedy_select(embeddings: np.ndarray, individual: np.ndarray, num_select: int, alpha: float, tau: float) -> np.ndarray:
@@ -46,22 +52,31 @@ def greedy_select_related(embeddings: np.ndarray, individual: np.ndarray, num_se
     """``greedy_select`` under any relation."""
     if not 0 <= num_select <= len(individual):
         raise UserError(f"num_select is {num_select} but there are {len(individual)} samples; choose between 0 and that number")
-    sequence = greedy_sequence(embeddings, individual, relation)
-    return np.fromiter((index for index, _ in itertools.islice(sequence, num_select)), np.int64, num_select)
+    batches = [indices for indices, _ in _start(embeddings, individual, relation).run(num_select)]
+    return np.concatenate([np.empty(0, np.int64), *batches])
+
+
+def greedy_batches(embeddings: np.ndarray, individual: np.ndarray, relation: Relation) -> Iterator[Batch]:
+    """``greedy_sequence`` by parts: indices int64 ``[k]`` and their scores float64 ``[k]``, as many at a time as are found at once."""
+    return _start(embeddings, individual, relation).run(len(individual))
 
 
 def greedy_sequence(embeddings: np.ndarray, individual: np.ndarray, relation: Relation) -> Iterator[tuple[int, float]]:
     """All samples in greedy order, one at a time, each with its score at the moment of choice.
 
-    Exact, but most scores are never computed. The relation is linear in the mean m of the taken embeddings, so a score
-    known at one mean bounds the score at another: it moves by at most sensitivity * ||h|| * ||change of m||. A sample
-    is scored again, in float64, only where that bound leaves it at or below the best.
-
     Args:
-        embeddings: float ``[n, d]``; float16 and float32 are kept as they are and widened a few rows at a time.
+        embeddings: float ``[n, d]``.
         individual: float ``[n]``.
         relation: the relation and its scalars.
+
+    Raises:
+        UserError: as for ``greedy_select``, at the call.
     """
+    batches = greedy_batches(embeddings, individual, relation)
+    return (pair for indices, scores in batches for pair in zip(indices.tolist(), scores.tolist(), strict=True))
+
+
+def _start(embeddings: np.ndarray, individual: np.ndarray, relation: Relation) -> _Greedy:
     embeddings, individual = np.asarray(embeddings), np.asarray(individual, np.float64)
     if embeddings.ndim != 2 or individual.shape != embeddings.shape[:1]:
         raise UserError(f"embeddings have shape {list(embeddings.shape)} and individual {list(individual.shape)}; give [n, d] with [n]")
@@ -71,219 +86,78 @@ def greedy_sequence(embeddings: np.ndarray, individual: np.ndarray, relation: Re
         raise UserError(
             f"an embedding or an individual influence is {largest}, not a number below {_LARGEST_VALUE:g}; embed and score the pool again"
         )
-    return _Greedy(embeddings, individual, relation).run()
-
-
-def greedy_global(
-    embeddings: np.ndarray, individual: np.ndarray, clusters: np.ndarray, lengths: np.ndarray, budget_tokens: int, relation: Relation
-) -> np.ndarray:
-    """Rows in order of choice where clusters compete for one budget by the score of their next sample.
-
-    Each cluster offers its greedy sequence; the lowest offer is taken, ties go to the lower cluster, then the lower
-    row. Ends at the first sample that no longer fits, so the total is within one sample of the budget.
-
-    Args:
-        embeddings: float ``[n, d]``.
-        individual: float ``[n]``.
-        clusters: int ``[n]``, the cluster of each row.
-        lengths: int ``[n]``, tokens of each row.
-        budget_tokens: tokens to take at most.
-        relation: the relation and its scalars.
-
-    Returns:
-        int64 rows in order of choice.
-    """
-    sequences = [(rows, greedy_sequence(embeddings[rows], individual[rows], relation)) for rows in members_of_clusters(clusters)]
-    heap: list[tuple[float, int, int]] = []
-
-    def offer(cluster: int) -> None:
-        rows, sequence = sequences[cluster]
-        following = next(sequence, None)
-        if following is not None:
-            heapq.heappush(heap, (following[1], cluster, int(rows[following[0]])))
-
-    for cluster in range(len(sequences)):
-        offer(cluster)
-    taken, remaining = [], budget_tokens
-    while heap:
-        _, cluster, row = heapq.heappop(heap)
-        remaining -= int(lengths[row])
-        if remaining < 0:
-            break
-        taken.append(row)
-        offer(cluster)
-    return np.array(taken, np.int64)
-
-
-def members_of_clusters(clusters: np.ndarray) -> list[np.ndarray]:
-    """Ascending int64 rows of each cluster that has any, by cluster number."""
-    if not len(clusters):
-        return []
-    order = np.argsort(clusters, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(np.asarray(clusters)[order])) + 1)
+    return _Greedy(GreedyState(embeddings, individual, relation))
 
 
 class _Greedy:
-    """The state of one greedy sequence.
+    """Chooses, step by step, how to find the next samples.
 
-    A score that decides anything comes from ``_exact``, which treats every row alike, so equal samples tie bitwise.
-    Everything else only bounds scores and may be rounded as it likes: each bound includes its rounding error.
+    Most often a block of a few candidates out of the pool of promising ones serves many steps: the others cannot catch
+    up while the mean of the taken embeddings stays near where it is. Where it serves few, because individual influences
+    hardly differ, it is cheaper to follow the whole crowd of candidates. Costs are counted in inner products.
     """
 
-    def __init__(self, embeddings: np.ndarray, individual: np.ndarray, relation: Relation) -> None:
-        self.embeddings = embeddings.astype(np.float32) if embeddings.dtype == np.float16 else embeddings
-        self.individual, self.relation = individual, relation
-        self.available = np.ones(len(individual), bool)
-        # float64 squares of a float32 array, without a float64 copy of it.
-        norms = np.sqrt(np.einsum("nd,nd->n", self.embeddings, self.embeddings, dtype=np.float64))
-        # How far a score can move per unit of change of the mean.
-        self.sensitivity = relation.sensitivity(individual)
-        self.slope = self.sensitivity * norms * _ROUNDING
-        self.largest_norm = norms.max(initial=0.0)
-        self.total = np.zeros(self.embeddings.shape[1])
-        self.num_taken = 0
-        self.drift_limit = 0.5
+    def __init__(self, state: GreedyState) -> None:
+        self.state, self.pool = state, Pool(state)
+        self.crowd: Crowd | None = None
+        # What blocks have cost more than the crowd would have, lately; and for how long to follow the crowd before
+        # blocks are tried again.
+        self.regret, self.span = 0.0, _SHORTEST_SPAN
+        # The crowd's scores need a copy of the embeddings in fewer bits.
+        self.crowd_suits = state.embeddings.size <= _LARGEST_CROWD
 
-    def run(self) -> Iterator[tuple[int, float]]:
-        """All samples with their scores, in order of choice."""
-        if not len(self.individual):
+    def run(self, most: int) -> Iterator[Batch]:
+        """The first ``most`` samples, in order of choice."""
+        state = self.state
+        if not most:
             return
-        first = int(self.individual.argmin())
-        yield first, float(self.individual[first])
-        self._take(first)
-        patience = 0
-        while self.num_taken < len(self.individual):
-            num_left = len(self.individual) - self.num_taken
-            before = self.num_taken
-            if num_left > _SHORTLIST_FROM and not patience:
-                yield from self._run_shortlist(num_left)
-                # A shortlist that served few picks costs more than it saves: do without for a while.
-                patience = 0 if self.num_taken - before >= 8 else 32
-            if self.num_taken == before:
-                index, score = self._next_of_all()
-                yield index, score
-                self._take(index)
-                patience = max(0, patience - 1)
+        first = int(state.individual.argmin())
+        score = float(state.individual[first])
+        yield np.array([state.add(first)]), np.array([score])
+        while state.num_taken < most:
+            wanted = most - state.num_taken
+            if self._prefers_crowd():
+                assert self.crowd is not None
+                for start in range(0, min(wanted, self.span), _CROWD_BATCH):
+                    yield self.crowd.run(min(_CROWD_BATCH, min(wanted, self.span) - start))
+                self.regret, self.span, self.pool.patience = 0.0, 2 * self.span, 0
+                continue
+            steps = self.pool.run(min(wanted, _LONGEST_BLOCK))
+            self._count(steps)
+            if len(steps.indices):
+                yield steps.indices, steps.scores
+            else:
+                yield self._one_of_all()
 
-    def _take(self, index: int) -> None:
-        self.available[index] = False
-        self.total += self.embeddings[index]
-        self.num_taken += 1
+    def _count(self, steps: Steps) -> None:
+        if steps.end is not End.DONE:
+            cost = (_COST_OF_BLOCK + steps.size**2 if steps.size else _COST_OF_ONE) - len(steps.indices) * (
+                _COST_OF_STEP + _COST_IN_CROWD * self.state.num_left
+            )
+            if not len(steps.indices):
+                cost += _COST_OF_PASS * self.state.num_left
+            self.regret = max(0.0, self.regret + cost)
+            if not self.regret:
+                self.span = _SHORTEST_SPAN
 
-    def _mean(self) -> np.ndarray:
-        return self.total / self.num_taken
+    def _prefers_crowd(self) -> bool:
+        """Whether blocks have cost so much too much that starting to follow the crowd would have been worth it."""
+        if not self.crowd_suits or self.regret <= (
+            2 * _COST_OF_BLOCK if self.crowd else _COST_TO_START + _COST_OF_CROWD * self.state.num_left
+        ):
+            return False
+        if self.crowd is None:
+            # Here, for it loads torch, which takes longer than most selections, and most do without.
+            from megatron_groupmates.selection.greedy_crowd import Crowd
 
-    def _exact(self, rows: np.ndarray, individual: np.ndarray, mean: np.ndarray) -> np.ndarray:
-        """Scores float64 of rows ``[k, d]`` float64."""
-        return self.relation.scores(individual, np.vecdot(rows, mean))
+            self.crowd = Crowd(self.state)
+            self.crowd_suits = self.crowd.usable
+        return self.crowd_suits
 
-    def _floor(self, mean: np.ndarray, drift: float) -> np.ndarray:
-        """What no score falls below while the mean is within ``drift`` of ``mean``; infinite for taken samples."""
-        dtype = self.embeddings.dtype if self.embeddings.dtype == np.float32 else np.dtype(np.float64)
-        unit, terms = np.finfo(dtype), len(mean) + 4
-        with np.errstate(over="ignore", invalid="ignore"):
-            similarity = (self.embeddings @ mean.astype(dtype)).astype(np.float64)
-            floor = self.relation.scores(self.individual, similarity)
-        floor -= self.slope * (drift + terms * float(unit.eps) * _length(mean))
-        floor -= self.sensitivity * (terms * float(unit.tiny)) + self._rounding(self.individual, self.slope)
-        # An overflow in single precision bounds nothing.
-        floor[~np.isfinite(floor)] = -np.inf
-        floor[~self.available] = np.inf
-        return floor
-
-    def _rounding(self, individual: np.ndarray, slope: np.ndarray) -> np.ndarray:
-        """Bound of the float64 rounding in a score and in its comparison with another, with room to spare."""
-        fixed = np.abs(self.relation.scores(individual, 0.0)) + np.abs(individual)
-        return 1e-14 * (len(self.total) + 16) * (fixed + slope * self.largest_norm) + _TINY
-
-    def _next_of_all(self) -> tuple[int, float]:
+    def _one_of_all(self) -> Batch:
         """The best of all samples not yet taken: bounds of all, then exact scores of those that may be it."""
-        mean = self._mean()
-        floor = self._floor(mean, 0.0)
-        leader = int(floor.argmin())
-        best = self._exact_of(np.array([leader]), mean)[0]
-        rivals = np.flatnonzero(floor <= best)
-        exact = self._exact_of(rivals, mean)
-        chosen = int(exact.argmin())
-        return int(rivals[chosen]), float(exact[chosen])
-
-    def _exact_of(self, indices: np.ndarray, mean: np.ndarray) -> np.ndarray:
-        parts = [
-            self._exact(self.embeddings[part].astype(np.float64), self.individual[part], mean)
-            for part in np.split(indices, range(4096, len(indices), 4096))
-        ]
-        return np.concatenate(parts)
-
-    def _run_shortlist(self, num_left: int) -> Iterator[tuple[int, float]]:
-        """Take from the most promising samples for as long as none of the others can be better.
-
-        The others' bounds are kept as one number: no other can score below ``threshold`` while the mean stays within
-        ``drift_limit`` of where it is now.
-        """
-        start = self._mean()
-        floor = self._floor(start, self.drift_limit)
-        size = min(_LARGEST_SHORTLIST, num_left // 4)
-        order = np.argpartition(floor, size)
-        threshold = float(floor[order[size:]].min())
-        shortlist = _Shortlist(self, np.sort(order[:size]))
-        drift = 0.0
-        for _ in range(size):
-            mean = self._mean()
-            drift = _length(mean - start)
-            if drift > self.drift_limit:
-                # Room was left: let the next one reach further.
-                self.drift_limit *= 1.5
-                return
-            position, score = shortlist.best(mean)
-            if not score < threshold:
-                break
-            index = shortlist.take(position)
-            yield index, score
-            self._take(index)
-        self.drift_limit = max(0.7 * drift, 0.1 * self.drift_limit)
-
-
-class _Shortlist:
-    """A few samples whose scores at one mean, the anchor, are known exactly."""
-
-    def __init__(self, greedy: _Greedy, indices: np.ndarray) -> None:
-        self.greedy, self.indices = greedy, indices
-        self.rows = greedy.embeddings[indices].astype(np.float64)
-        self.individual, self.slope = greedy.individual[indices], greedy.slope[indices]
-        self.rounding = greedy._rounding(self.individual, self.slope)
-        self.taken = ~greedy.available[indices]
-        self._anchor_at(greedy._mean())
-
-    def _anchor_at(self, mean: np.ndarray) -> np.ndarray:
-        """Score all at ``mean``; float64, infinite for taken ones."""
-        exact = self.greedy._exact(self.rows, self.individual, mean)
-        exact[self.taken] = np.inf
-        self.anchor, self.known = mean, exact - self.rounding
-        return exact
-
-    def best(self, mean: np.ndarray) -> tuple[int, float]:
-        """Position and score of the lowest at ``mean``; the lowest position (hence index) among equals."""
-        floor = self.known - self.slope * _length(mean - self.anchor)
-        leader = int(floor.argmin())
-        limit = self.greedy._exact(self.rows[leader], self.individual[leader], mean)
-        rivals = np.flatnonzero(floor <= limit)
-        if len(rivals) > _MOST_RECHECKED:
-            exact = self._anchor_at(mean)
-            position = int(exact.argmin())
-            return position, float(exact[position])
-        if len(rivals) == 1:
-            return leader, float(limit)
-        exact = self.greedy._exact(self.rows[rivals], self.individual[rivals], mean)
-        chosen = int(exact.argmin())
-        return int(rivals[chosen]), float(exact[chosen])
-
-    def take(self, position: int) -> int:
-        """Mark as taken; returns its index among all samples."""
-        self.taken[position] = True
-        self.known[position] = np.inf
-        return int(self.indices[position])
-
-
-def _length(vector: np.ndarray) -> float:
-    """An upper bound of the Euclidean norm that is tight to rounding."""
-    return math.sqrt(vector @ vector) * _ROUNDING + _TINY
+        state, mean = self.state, self.state.mean()
+        floor = state.floor(mean, 0.0)
+        _, score = state.best(floor.argmin(keepdims=True), mean)
+        candidate, score = state.best(np.flatnonzero(floor <= score), mean)
+        return np.array([state.add(candidate)]), np.array([score])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_groupmates.config.errors import UserError
-from megatron_groupmates.selection.baselines import individual_order, overlap, random_order, similarity_order
+from megatron_groupmates.selection.baselines import individual_order, overlap, random_order, similarities, similarity_order
 
 
 def test_random_order_is_a_seeded_permutation() -> None:
@@ -34,13 +34,14 @@ def test_similarity_order_is_by_mean_cosine() -> None:
     rng = np.random.default_rng(0)
     embeddings, reference = rng.standard_normal((30, 5)), rng.standard_normal((4, 5)) * 7
     cosines = [np.mean([row @ other / np.linalg.norm(row) / np.linalg.norm(other) for other in reference]) for row in embeddings]
-    assert similarity_order(embeddings, reference).tolist() == sorted(range(30), key=lambda row: -cosines[row])
+    np.testing.assert_allclose(similarities(embeddings, reference), cosines, rtol=1e-12)
+    assert similarity_order(similarities(embeddings, reference)).tolist() == sorted(range(30), key=lambda row: -cosines[row])
     embeddings[[3, 20]] = embeddings[11]
-    order = similarity_order(embeddings, reference).tolist()
+    order = similarity_order(similarities(embeddings, reference)).tolist()
     assert order.index(11) == order.index(3) + 1 == order.index(20) - 1
-    assert similarity_order(np.empty((0, 5)), reference).tolist() == []
+    assert similarities(np.empty((0, 5)), reference).tolist() == []
     with pytest.raises(UserError, match=r"shape \[30, 5\] and reference embeddings \[4, 6\]"):
-        similarity_order(embeddings, np.ones((4, 6)))
+        similarities(embeddings, np.ones((4, 6)))
 
 
 def test_overlap() -> None:

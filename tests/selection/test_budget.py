@@ -34,9 +34,13 @@ def test_equal_shares_meet_the_budget_to_within_one_sample(data: st.DataObject, 
     clusters = np.arange(len(lengths)) % num_clusters
     members = [np.flatnonzero(clusters == cluster) for cluster in range(num_clusters)]
     tokens = np.array([lengths[rows].sum() for rows in members])
-    taken = take_equal_shares((iter(rows.tolist()) for rows in members), lengths, tokens, budget)
-    for rows, part in zip(members, taken, strict=True):
-        assert part == rows[: len(part)].tolist()
+    quotas = cluster_quotas(tokens, budget)
+    counts = take_equal_shares((lengths[rows] for rows in members), quotas, budget)
+    assert counts.dtype == np.int64
+    # Only what a cluster offers up to the first that does not fit its quota matters.
+    asked = [rows[: 1 + np.searchsorted(lengths[rows].cumsum(), quota, side="right")] for rows, quota in zip(members, quotas, strict=True)]
+    np.testing.assert_array_equal(take_equal_shares((lengths[rows] for rows in asked), quotas, budget), counts)
+    taken = [rows[:count] for rows, count in zip(members, counts, strict=True)]
     used = sum(int(lengths[part].sum()) for part in taken)
     assert used <= budget
     left_out = [int(lengths[rows[len(part)]]) for rows, part in zip(members, taken, strict=True) if len(part) < len(rows)]
@@ -44,17 +48,14 @@ def test_equal_shares_meet_the_budget_to_within_one_sample(data: st.DataObject, 
         assert not left_out
     else:
         assert budget - used < max(left_out)
-    quotas = cluster_quotas(tokens, budget)
     for part, quota in zip(taken, quotas, strict=True):
         assert lengths[part[:-1]].sum() <= quota
 
 
 def test_samples_of_one_length_are_apportioned_by_largest_remainder() -> None:
     """Floor of half of each of 5, 5 and 7 would be 7 samples; half of all 17 is 8."""
-    members = [range(0, 5), range(5, 10), range(10, 17)]
-    lengths = np.full(17, 100)
-    taken = take_equal_shares((iter(rows) for rows in members), lengths, np.array([500, 500, 700]), 850)
-    assert [len(part) for part in taken] == [3, 2, 3]
+    lengths = [np.full(size, 100) for size in (5, 5, 7)]
+    assert take_equal_shares(lengths, cluster_quotas(np.array([500, 500, 700]), 850), 850).tolist() == [3, 2, 3]
 
 
 def test_take_in_order_stops_at_the_first_that_does_not_fit() -> None:

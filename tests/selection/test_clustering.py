@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_groupmates.config.errors import UserError
-from megatron_groupmates.selection.clustering import cluster, default_num_clusters
+from megatron_groupmates.selection import clustering
+from megatron_groupmates.selection.clustering import cluster, default_num_clusters, without_empty
+from megatron_groupmates.selection.store import ArrayStore, EmbeddingStore, write_part
 
 
 def planted(num_samples: int = 600) -> tuple[np.ndarray, np.ndarray]:
@@ -43,6 +47,38 @@ def test_no_cluster_is_empty() -> None:
     found = cluster(embeddings, 10, seed=0, num_iterations=5)
     np.testing.assert_array_equal(np.unique(found.labels), np.arange(len(found.centroids)))
     assert 2 <= len(found.centroids) <= 10
+
+
+def test_empty_clusters_are_dropped_and_the_others_keep_their_order() -> None:
+    found = without_empty(np.array([4, 1, 4, 3], np.int32), np.eye(6, dtype=np.float32))
+    assert found.labels.tolist() == [2, 0, 2, 1] and found.labels.dtype == np.int32
+    np.testing.assert_array_equal(found.centroids, np.eye(6)[[1, 3, 4]])
+
+
+def test_a_store_on_disk_is_clustered_as_an_array_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings = planted()[0].astype(np.float16)
+    for first, stop in ((0, 250), (250, 600)):
+        write_part(tmp_path, first, embeddings[first:stop], np.zeros(stop - first))
+    settings: dict[str, Any] = {"seed": 3, "num_iterations": 4, "train_samples_per_cluster": 20}
+    expected = cluster(embeddings, 7, **settings)
+    monkeypatch.setattr(clustering, "_READ_ROWS", 64)
+    found = cluster(EmbeddingStore.open(tmp_path), 7, **settings)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    np.testing.assert_array_equal(found.centroids, expected.centroids)
+
+
+def test_training_holds_a_sample_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings, _ = planted()
+    taken = []
+
+    def take(self: ArrayStore, rows: np.ndarray) -> np.ndarray:
+        taken.append(rows)
+        return embeddings[rows]
+
+    monkeypatch.setattr(ArrayStore, "take", take)
+    cluster(embeddings, 5, seed=0, num_iterations=2, train_samples_per_cluster=30)
+    [rows] = taken
+    assert len(rows) == 150 and (np.diff(rows) > 0).all() and rows[-1] > 300
 
 
 def test_number_of_clusters_follows_the_pool() -> None:

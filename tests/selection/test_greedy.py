@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,12 @@ from hypothesis import strategies as st
 
 from megatron_groupmates.config.errors import UserError
 from megatron_groupmates.influence.relation import Relation
-from megatron_groupmates.selection import greedy
+from megatron_groupmates.selection import greedy, greedy_block, greedy_crowd, greedy_pool, greedy_state
 from megatron_groupmates.selection.greedy import (
-    greedy_global,
+    greedy_batches,
     greedy_select,
     greedy_select_related,
     greedy_sequence,
-    members_of_clusters,
 )
 
 DATA = Path(__file__).parent.parent / "data"
@@ -76,14 +76,35 @@ relations = st.one_of(
 )
 
 
-@pytest.mark.parametrize("shortlist_from", [8, 10**9])
-@settings(deadline=None, max_examples=250)
+def force(patch: pytest.MonkeyPatch, way: str) -> None:
+    """Make small inputs go the ways of large ones."""
+    if way != "as is":
+        patch.setattr(greedy_pool, "_LARGEST_POOL", 24)
+        patch.setattr(greedy_pool, "_SMALLEST_BLOCK", 3)
+        patch.setattr(greedy_pool, "_LARGEST_BLOCK", 8)
+        patch.setattr(greedy_state, "_CHUNK", 16)
+        patch.setattr(greedy_state, "_LARGEST_COPY", 0)
+    if way.startswith("crowd"):
+        patch.setattr(greedy, "_COST_OF_CROWD", -1e12)
+        patch.setattr(greedy, "_COST_OF_BLOCK", -1e12)
+        patch.setattr(greedy, "_COST_TO_START", 0.0)
+        patch.setattr(greedy_crowd, "_AT_A_TIME", 3)
+        patch.setattr(greedy_crowd, "_KEPT_PRODUCTS", 10)
+        patch.setattr(greedy_crowd, "_CHUNK", 16)
+        patch.setattr(greedy_crowd, "has_fast_bfloat16", lambda: way == "crowd in bfloat16")
+
+
+WAYS = ["as is", "small blocks", "crowd in bfloat16", "crowd in float32"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("way", WAYS)
+@settings(deadline=None, max_examples=120)
 @given(case=cases, relation=relations)
-def test_equals_the_plain_loop(shortlist_from: int, case: tuple[np.ndarray, np.ndarray], relation: Relation) -> None:
+def test_equals_the_plain_loop(way: str, case: tuple[np.ndarray, np.ndarray], relation: Relation) -> None:
     embeddings, individual = case
     with pytest.MonkeyPatch.context() as patch:
-        # Small inputs must go through the shortlist too.
-        patch.setattr(greedy, "_SHORTLIST_FROM", shortlist_from)
+        force(patch, way)
         found = list(greedy_sequence(embeddings, individual, relation))
     assert found == plain_greedy(embeddings, individual, len(individual), relation)
 
@@ -97,18 +118,74 @@ def test_equals_the_plain_loop_at_size(values: str, kind: str) -> None:
     assert greedy_select(embeddings, individual, 750, 0.9, 0.7).tolist() == expected
 
 
-def test_shortlist_saves_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def record(patch: pytest.MonkeyPatch, owner: type, name: str, count: Callable[..., int]) -> list[int]:
+    """What ``count`` makes of the arguments of each call of a method."""
+    counts: list[int] = []
+    method = getattr(owner, name)
+    patch.setattr(owner, name, lambda self, *rest: (counts.append(count(self, *rest)), method(self, *rest))[1])
+    return counts
+
+
+def test_blocks_save_work(monkeypatch: pytest.MonkeyPatch) -> None:
     embeddings, individual = make_case(2, 1500, 48, "random", "normal", "float32")
-    scored = []
-    exact = greedy._Greedy._exact
-    monkeypatch.setattr(
-        greedy._Greedy, "_exact", lambda self, rows, s, mean: (scored.append(rows.size // 48), exact(self, rows, s, mean))[1]
-    )
-    sweeps = []
-    floor = greedy._Greedy._floor
-    monkeypatch.setattr(greedy._Greedy, "_floor", lambda self, mean, drift: (sweeps.append(1), floor(self, mean, drift))[1])
+    products = record(monkeypatch, greedy_block.Block, "run", lambda block, *_: len(block.candidates) ** 2)
+    passes = record(monkeypatch, greedy_state.GreedyState, "floor_of", lambda _, candidates, rows, *__: len(rows))
     greedy_select(embeddings, individual, 750, 1.0, 1.0)
-    assert sum(scored) + len(sweeps) * 1500 < 0.15 * 1500 * 750
+    assert sum(products) + sum(passes) < 0.5 * 1500 * 750
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("spread", [1.0, 1e-5])
+def test_crowd_saves_work(bfloat16: bool, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constant influences: any candidate may be next, yet few are scored exactly, however tight the cluster."""
+    monkeypatch.setattr(greedy_crowd, "has_fast_bfloat16", lambda: bfloat16)
+    embeddings, individual = make_case(2, 1500, 96, "random", "constant", "float32")
+    embeddings = (spread * embeddings + embeddings[:1]).astype(np.float32)
+    exact = record(monkeypatch, greedy_crowd.Crowd, "_exact", lambda _, positions, __: len(positions))
+    in_crowd = record(monkeypatch, greedy_crowd.Crowd, "run", lambda _, most: most)
+    found = greedy_select_related(embeddings, individual, 750, Relation())
+    assert found.tolist() == [index for index, _ in plain_greedy(embeddings, individual, 750, Relation())]
+    assert sum(in_crowd) > 500
+    assert sum(exact) < 20 * sum(in_crowd)
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=cases, relation=relations, bfloat16=st.booleans())
+def test_scores_of_the_crowd_are_within_their_bounds(case: tuple[np.ndarray, np.ndarray], relation: Relation, bfloat16: bool) -> None:
+    embeddings, individual = case
+    if len(individual) < 4:
+        return
+    state = greedy_state.GreedyState(embeddings, individual, relation)
+    state.add(int(individual.argmin()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(greedy_crowd, "has_fast_bfloat16", lambda: bfloat16)
+        crowd = greedy_crowd.Crowd(state)
+    for _ in range(state.num_left if crowd.usable else 0):
+        crowd.run(1)
+        left = np.flatnonzero(state.available[crowd.candidates])
+        candidates = crowd.candidates[left]
+        exact = state.num_taken * state.exact(state.wide(candidates), individual[candidates], state.mean())
+        doubt = crowd.error * crowd.slope[left] + 2 * crowd.rounding * state.num_taken
+        assert (crowd.scores[left] - doubt <= exact).all()
+        # The product's own rounding, up to 2 ** -8 of each product, is on the lower side only.
+        assert bfloat16 or (crowd.scores[left] + doubt >= exact).all()
+
+
+def test_equal_samples_are_followed_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings, individual = make_case(3, 20, 16, "random", "normal", "float16")
+    copies = np.random.default_rng(0).integers(0, 20, 1200)
+    products = record(monkeypatch, greedy_block.Block, "run", lambda block, *_: len(block.candidates))
+    found = [index for index, _ in greedy_sequence(embeddings[copies], individual[copies], Relation())]
+    assert found == [index for index, _ in plain_greedy(embeddings[copies], individual[copies], 1200, Relation())]
+    assert max(products) <= 20
+
+
+def test_batches_are_the_sequence() -> None:
+    embeddings, individual = make_case(4, 700, 16, "duplicates", "nearly constant", "float32")
+    batches = list(greedy_batches(embeddings, individual, Relation()))
+    assert all(indices.dtype == np.int64 and scores.dtype == np.float64 and len(indices) == len(scores) for indices, scores in batches)
+    pairs = [pair for indices, scores in batches for pair in zip(indices.tolist(), scores.tolist(), strict=True)]
+    assert pairs == list(greedy_sequence(embeddings, individual, Relation()))
 
 
 def test_order_is_the_one_of_a_hand_computed_example() -> None:
@@ -136,7 +213,8 @@ def test_parity_with_reference_picks() -> None:
     """One rank of tolerance where float64 scores tie within 1e-9."""
     golden = np.load(DATA / "greedy_small.npz")
     offset = 0
-    for rows in members_of_clusters(golden["cluster"]):
+    for cluster in np.unique(golden["cluster"]):
+        rows = np.flatnonzero(golden["cluster"] == cluster)
         quota = int(float(golden["ratio"]) * len(rows))
         embeddings, individual = golden["embedding"][rows], golden["prediction"][rows]
         found = rows[greedy_select(embeddings, individual, quota, 1.0, 1.0)]
@@ -174,35 +252,6 @@ def test_bad_input_is_named() -> None:
         greedy_select(embeddings, individual, 1, 1.0, 0.0)
 
 
-def plain_global(
-    embeddings: np.ndarray, individual: np.ndarray, clusters: np.ndarray, lengths: np.ndarray, budget: int, relation: Relation
-) -> list[int]:
-    taken: list[int] = []
-    while True:
-        offers = []
-        for cluster in np.unique(clusters):
-            rows = np.flatnonzero(clusters == cluster)
-            count = len(set(rows) & set(taken))
-            sequence = plain_greedy(embeddings[rows], individual[rows], len(rows), relation)
-            offers += [(score, cluster, int(rows[index])) for index, score in sequence[count : count + 1]]
-        if not offers or lengths[[*taken, min(offers)[2]]].sum() > budget:
-            return taken
-        taken.append(min(offers)[2])
-
-
-@settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 10**6), budget=st.integers(0, 400), relation=relations, rounded=st.booleans())
-def test_global_competition_equals_the_plain_loop(seed: int, budget: int, relation: Relation, rounded: bool) -> None:
-    embeddings, individual = make_case(seed, 24, 5, "duplicates", "rounded" if rounded else "normal", "float32")
-    rng = np.random.default_rng(seed)
-    clusters, lengths = rng.choice([0, 2, 3, 7], 24).astype(np.int32), rng.integers(1, 30, 24)
-    found = greedy_global(embeddings, individual, clusters, lengths, budget, relation)
-    assert found.dtype == np.int64
-    assert found.tolist() == plain_global(embeddings, individual, clusters, lengths, budget, relation)
-
-
-def test_members_of_clusters() -> None:
-    members = members_of_clusters(np.array([3, 0, 3, 1, 0]))
-    assert [rows.tolist() for rows in members] == [[1, 4], [3], [0, 2]]
-    assert members_of_clusters(np.array([], np.int32)) == []
-    assert greedy_select_related(np.eye(2), np.zeros(2), 2, Relation(kind="none")).tolist() == [0, 1]
+def test_no_relation_is_the_order_of_influences() -> None:
+    individual = np.array([0.5, -1.0, 0.0, -1.0])
+    assert greedy_select_related(np.eye(4), individual, 4, Relation(kind="none")).tolist() == [1, 3, 2, 0]
