@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from megatron_groupmates.pool.log import LogEntry, read_log
 from megatron_groupmates.pool.order import SampleOrder, next_epoch_entry
 from megatron_groupmates.pool.remote import RemoteSettings
 from megatron_groupmates.pool.skips import read_skips
+from megatron_groupmates.server.stage_names import stage_text
 from megatron_groupmates.utils.files import read_json, read_lines
 from megatron_groupmates.utils.run_directory import read_run_config
 from megatron_groupmates.utils.storage import configure_storage
@@ -104,12 +104,6 @@ def _status(options: argparse.Namespace) -> int:
         for failure in facts["failures"]:
             print(f"           round on {failure['checkpoint_tag']} failed: {failure['reason']}")
     return 0
-
-
-def stage_text(stage: str) -> str:
-    """A stage's name for people; the batches of an adaptive budget, numbered from 0 in files, count from 1."""
-    numbered = re.sub(r"\.batch-(\d+)", lambda match: f".batch {int(match[1]) + 1}", stage)
-    return numbered.replace("_", " ").replace(".", ", ")
 
 
 def progress_text(server: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from megatron_groupmates.config import Config, RunPaths, UserError, config_diffe
 from megatron_groupmates.model.sizes import model_size
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.references.examples import ScoredTokens
-from megatron_groupmates.report.oracle import stage_family
+from megatron_groupmates.server.stage_names import stage_family
 from megatron_groupmates.utils.files import read_json
 from megatron_groupmates.utils.run_directory import read_run_config
 

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import time
 import uuid
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Collection
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_groupmates.config import UserError
+from megatron_groupmates.server.chunk_files import ArrayFiles, ChunkFiles, Range
 from megatron_groupmates.server.context import Arrays, RoundContext, write_server_state
-from megatron_groupmates.utils.files import atomic_file
 from megatron_groupmates.utils.progress import progress_bar
-
-logger = logging.getLogger(__name__)
-
-Range = tuple[int, int]
-"""First item, and one past the last."""
 
 Compute = Callable[[int, int, Callable[[int], object]], Arrays]
 """(first item, one past the last, call with the number of items done since) -> arrays with a row for each item."""
 
-_NAME = re.compile(r"chunk-(\d+)-(\d+)\.npz")
 _KINDS = ("step", "evaluation", "restore")
 _STATE_SECONDS = 2.0  # between two updates of server.json, each of which waits for the disk
 
@@ -41,10 +30,21 @@ class Chunks:
     chunks of another size, left by an earlier run of the round, are used, and what lies between them is computed.
     """
 
-    def __init__(self, context: RoundContext, name: str, total: int, size: int) -> None:
-        """Chunks of ``size`` of ``total`` items, kept in the round's directory ``name``; the size may change in between."""
+    def __init__(
+        self,
+        context: RoundContext,
+        name: str,
+        total: int,
+        size: int,
+        ragged: Collection[str] = (),
+        files: ChunkFiles | None = None,
+    ) -> None:
+        """Chunks of ``size`` of ``total`` items, kept in the round's directory ``name``; the size may change in between.
+
+        They are :class:`ArrayFiles`, some of whose arrays may be ``ragged``, unless ``files`` are given.
+        """
         self._context, self._name, self._total, self._size = context, name, total, size
-        self._directory = context.directory / name
+        self._files = ArrayFiles(context.directory / name, ragged) if files is None else files
 
     def work(self, compute: Compute, unit: str, tokens_per_item: float | None = None) -> None:
         """Compute what is missing; ``server.json`` tells how far it has come. Collective.
@@ -59,7 +59,7 @@ class Chunks:
         """
         groups, stopwatch = self._context.groups, self._context.stopwatch
         # Rank 0's view for all, and counters for this call alone: those of the store outlive stages, rounds and failures.
-        kept, token = groups.broadcast_object((self._kept(), uuid.uuid4().hex) if groups.is_main else None)
+        kept, token = groups.broadcast_object((self._files.kept(self._total), uuid.uuid4().hex) if groups.is_main else None)
         missing = missing_ranges(kept, self._total, self._size)
         if not missing:
             return
@@ -78,11 +78,8 @@ class Chunks:
             self._context.rates = rates(num_items, tokens_per_item, seconds, [worker for worker in workers if worker is not None])
 
     def collect(self) -> Arrays:
-        """All items in order. Call when :meth:`work` is done."""
-        chunks = dict(self._chunks())
-        kept = disjoint(chunks)
-        assert not missing_ranges(kept, self._total, self._size), f"{self._directory} lacks chunks"
-        return {key: np.concatenate([chunks[part][key] for part in kept]) for key in chunks[kept[0]]}
+        """What the stage keeps: all items in order, where they are in :class:`ArrayFiles`. Call when :meth:`work` is done."""
+        return self._files.collect(self._total)
 
     def _take(self, compute: Compute, missing: list[Range], counters: str, progress: _Progress) -> None:
         """One worker: claim and compute until nothing is left."""
@@ -97,49 +94,11 @@ class Chunks:
                 first, stop = missing[number]
                 arrays = compute(first, stop, done)
                 if groups.tensor_rank == 0:
-                    with atomic_file(self._directory / f"chunk-{first:012d}-{stop:012d}.npz") as file:
-                        np.savez(file, **arrays)
+                    self._files.write(first, stop, arrays)
         except UserError:
             # Nothing is left to claim: the round fails, and what the others would still do is done when it is repeated.
             groups.add_to_counter(f"{counters}/claimed", len(missing))
             raise
-
-    def _kept(self) -> list[Range]:
-        """Ranges of the chunks that can be used."""
-        return disjoint([part for part, _ in self._chunks()])
-
-    def _chunks(self) -> Iterator[tuple[Range, Arrays]]:
-        """Range and arrays of every chunk that can be used."""
-        for path in sorted(self._directory.glob("chunk-*.npz")):
-            match = _NAME.fullmatch(path.name)
-            if match is None:
-                continue
-            first, stop = int(match[1]), int(match[2])
-            if first < stop <= self._total and (arrays := _read(path, stop - first)) is not None:
-                yield (first, stop), arrays
-
-
-def _read(path: Path, count: int) -> Arrays | None:
-    """The arrays of a chunk of ``count`` items; None, with a warning, when the file is damaged or not of that many."""
-    try:
-        with np.load(path) as content:
-            arrays = {key: content[key] for key in content.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        logger.warning("%s cannot be read (%s); it is computed again", path, error)
-        return None
-    if not arrays or any(array.ndim == 0 or len(array) != count for array in arrays.values()):
-        logger.warning("%s does not hold the %d items that its name says; it is computed again", path, count)
-        return None
-    return arrays
-
-
-def disjoint(ranges: Iterable[Range]) -> list[Range]:
-    """``ranges`` in order, without those that begin before the one kept before them ends."""
-    kept: list[Range] = []
-    for first, stop in sorted(ranges):
-        if not kept or first >= kept[-1][1]:
-            kept.append((first, stop))
-    return kept
 
 
 def missing_ranges(kept: list[Range], total: int, size: int) -> list[Range]:

@@ -27,6 +27,7 @@ from megatron_groupmates.pool.order import derive_key
 from megatron_groupmates.pool.reader import PoolReader
 from megatron_groupmates.pool.references.examples import held_out_fingerprint
 from megatron_groupmates.server.recipe import Recipe, resolve_recipe
+from megatron_groupmates.server.stage_names import stage_text
 from megatron_groupmates.utils.files import append_line, atomic_file, read_json, sha256_json, write_json
 from megatron_groupmates.utils.stopwatch import Stopwatch
 
@@ -166,7 +167,7 @@ class RoundContext:
     @contextlib.contextmanager
     def bookkeeping(self, name: str, flops: float) -> Iterator[None]:
         """Announce a stage, and record its seconds, FLOPs and the :attr:`rates` it left when it is done."""
-        logger.info("round %d: %s", self.input.number, name.replace("_", " "))
+        logger.info("round %d: %s", self.input.number, stage_text(name))
         write_server_state(self, name)
         started, self.rates = time.monotonic(), {}
         yield

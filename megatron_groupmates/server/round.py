@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from pathlib import Path
+import shutil
 from typing import Any
 
 import numpy as np
 
 from megatron_groupmates import __version__
 from megatron_groupmates.checkpoint.zero import ZeroCheckpoint
-from megatron_groupmates.config import Config, UserError, config_to_dict, server_tensor_parallel_size
-from megatron_groupmates.influence.encoder import Encoder, HuggingFaceEncoder, ProbeEncoder
+from megatron_groupmates.config import config_to_dict, server_tensor_parallel_size
+from megatron_groupmates.influence.encoder import Encoder
 from megatron_groupmates.influence.probe import Probe
 from megatron_groupmates.influence.reference import load_reference
 from megatron_groupmates.influence.relational import RelationalModel
@@ -20,11 +19,14 @@ from megatron_groupmates.model.batch import DocumentRules
 from megatron_groupmates.model.gpt import build_gpt
 from megatron_groupmates.parallel import resolve_precision
 from megatron_groupmates.pool.generation import generation_path, load_generation, publish, write_generation
-from megatron_groupmates.pool.index import TOKENIZER_FILE, PoolIndex
+from megatron_groupmates.pool.index import PoolIndex
+from megatron_groupmates.selection.shares import check_source_shares
 from megatron_groupmates.server.context import RoundContext
+from megatron_groupmates.server.embedding import EMBEDDINGS, embed_pool, embed_reference
+from megatron_groupmates.server.encoders import build_encoder, trained_encoder
+from megatron_groupmates.server.grouping import SORTED
 from megatron_groupmates.server.learning import ORACLE_FILE, learn_influence
 from megatron_groupmates.server.selecting import select_generation
-from megatron_groupmates.server.stages import embed_pool, encode
 from megatron_groupmates.utils.files import read_json
 
 logger = logging.getLogger(__name__)
@@ -42,26 +44,26 @@ def run_round(context: RoundContext, reference_pool: PoolIndex, consumed: np.nda
         Number of the generation now published.
 
     Raises:
-        UserError: the checkpoint, the pool or every fit is unusable; nothing is published.
+        UserError: the checkpoint, the pool, every fit or a setting is unusable; nothing is published.
     """
+    # Before hours of work, not after them.
+    check_source_shares(context.recipe.selection.minimum_source_share, context.pool.kinds)
     context.begin(reference_pool)
     if context.groups.broadcast_object(generation_path(context.paths.selection, context.input.number).exists()):
         return _publish(context)
     available = np.flatnonzero(~consumed)
     method = context.config.selection.method
     if method == "random":
-        return _finish(context, available, None, {})
+        return _finish(context, available, None, {}, None)
 
     probe, encoder = load_probe(context, reference_pool)
-    if method == "similarity":
-        embed_pool(context, encoder, None, available)
-        examples = np.arange(min(context.config.oracle.reference_samples, reference_pool.num_samples))
-        reference = encode(context, encoder, reference_pool, examples, "reference")
-        return _finish(context, available, None, {}, reference)
-
-    model, fit = learn_influence(context, probe, encoder, reference_pool, available)
+    model, fit = None, {}
+    if method != "similarity":
+        model, fit = learn_influence(context, probe, encoder, reference_pool, available)
+        encoder = trained_encoder(context, encoder, model)
     embed_pool(context, encoder, model, available)
-    return _finish(context, available, model, fit)
+    reference = embed_reference(context, encoder, model, reference_pool)
+    return _finish(context, available, model, fit, reference)
 
 
 def load_probe(context: RoundContext, reference_pool: PoolIndex) -> tuple[Probe, Encoder]:
@@ -80,33 +82,15 @@ def load_probe(context: RoundContext, reference_pool: PoolIndex) -> tuple[Probe,
         return context.together(load)
 
 
-def build_encoder(config: Config, model: Any, pool: PoolIndex, device: Any) -> Encoder:
-    """The encoder that ``relational.encoder`` names."""
-    if config.relational.encoder == "probe":
-        return ProbeEncoder(model, config.model.hidden_size, DocumentRules.of(config, pool.eot_id))
-    return HuggingFaceEncoder(config.relational.encoder, pool_detokeniser(pool), config.relational.encoder_max_tokens, device)
-
-
-def pool_detokeniser(pool: PoolIndex) -> Callable[[list[int]], str]:
-    """Token ids -> text by the tokenizer that lies beside the pool."""
-    from tokenizers import Tokenizer
-
-    path = Path(pool.file_path(TOKENIZER_FILE))
-    if not path.is_file():
-        raise UserError(f"relational.encoder: {pool.directory} has no tokenizer.json to turn tokens back into text; copy the pool's there")
-    tokenizer = Tokenizer.from_file(str(path))
-    return lambda ids: tokenizer.decode(ids)
-
-
 def _finish(
     context: RoundContext,
     available: np.ndarray,
     model: RelationalModel | None,
     fit: dict[str, Any],
-    reference_features: np.ndarray | None = None,
+    reference: np.ndarray | None,
 ) -> int:
     """Select, write the generation with its provenance, publish."""
-    reports = select_generation(context, available, model.relation_values() if model else None, reference_features)
+    reports = select_generation(context, available, model.relation_values() if model else None, reference)
 
     oracle = context.directory / ORACLE_FILE
 
@@ -138,6 +122,7 @@ def _publish(context: RoundContext) -> int:
     generation = load_generation(context.paths.selection, number, context.pool)
     if context.groups.is_main:
         publish(context.paths.selection, number)
+        _free_disk(context)
     context.groups.barrier()
     logger.info(
         "round %d: published generation %d (%s samples of %s)",
@@ -147,3 +132,15 @@ def _publish(context: RoundContext) -> int:
         f"{context.pool.num_samples:,}",
     )
     return number
+
+
+def _free_disk(context: RoundContext) -> None:
+    """Remove what no round reads again: pools sorted by cluster, and the embeddings of all rounds but this one.
+
+    Both are as large as all embeddings, tens of gigabytes for tens of millions of samples.
+    """
+    for number in range(1, context.input.number + 1):
+        directory = context.paths.round(number)
+        shutil.rmtree(directory / SORTED, ignore_errors=True)
+        if number < context.input.number:
+            shutil.rmtree(directory / EMBEDDINGS, ignore_errors=True)

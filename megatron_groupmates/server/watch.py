@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from megatron_groupmates.checkpoint.discovery import check_complete, latest_tag, tag_step
 from megatron_groupmates.checkpoint.zero import ZeroCheckpoint
-from megatron_groupmates.config import Config, RunPaths, UserError, refresh_number, refresh_steps
+from megatron_groupmates.config import Config, RunPaths, UserError, config_to_dict, refresh_number, refresh_steps
 from megatron_groupmates.parallel import ParallelGroups
 from megatron_groupmates.pool.contexts import choose_packing
 from megatron_groupmates.pool.exclusion import Exclusion, open_exclusion
@@ -20,10 +21,12 @@ from megatron_groupmates.pool.log import LogEntry, read_log
 from megatron_groupmates.pool.order import SampleOrder
 from megatron_groupmates.server.context import RoundContext, RoundInput, record_server_state
 from megatron_groupmates.server.round import run_round
+from megatron_groupmates.server.tracking import round_values
 from megatron_groupmates.training.data import check_same_tokenizer, open_pool
 from megatron_groupmates.training.metrics import read_training_state
 from megatron_groupmates.utils.files import write_json
 from megatron_groupmates.utils.run_directory import find_checkpoint, generation_log_source
+from megatron_groupmates.utils.tracking import Tracker, open_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -50,20 +53,30 @@ def serve(config: Config, groups: ParallelGroups, once: bool) -> bool:
         reference = open_pool(config, config.data.reference, "data.reference")
         check_same_tokenizer(pool, reference, "data.reference")
     succeeded = True
-    while True:
-        # Rank 0's view for all: the trainer may write a checkpoint between two ranks' looks.
-        tag_dir = groups.broadcast_object(_newest_tag(config)) if once else _await_refresh(config, paths, groups)
-        if tag_dir is None:
-            break
-        number = groups.broadcast_object(_round_number(config, paths, tag_step(tag_dir.name)) if groups.is_main else None)
-        if number is None:
-            logger.info("the selection for %s is already published; nothing to do", tag_dir.name)
-            break
-        succeeded = _try_round(config, groups, paths, pool, exclusion, reference, number, tag_dir)
-        if once:
-            break
+    with contextlib.closing(_open_tracker(config, groups, paths)) as tracker:
+        while True:
+            # Rank 0's view for all: the trainer may write a checkpoint between two ranks' looks.
+            tag_dir = groups.broadcast_object(_newest_tag(config)) if once else _await_refresh(config, paths, groups)
+            if tag_dir is None:
+                break
+            step = tag_step(tag_dir.name)
+            number = groups.broadcast_object(_round_number(config, paths, step) if groups.is_main else None)
+            if number is None:
+                logger.info("the selection for %s is already published; nothing to do", tag_dir.name)
+                break
+            succeeded = _try_round(config, groups, paths, pool, exclusion, reference, number, tag_dir)
+            if succeeded and groups.is_main:
+                tracker.log(round_values(number, read_provenance(paths.selection, number)), step)
+            if once:
+                break
     record_server_state(paths, groups, "finished" if succeeded else "failed")
     return succeeded
+
+
+def _open_tracker(config: Config, groups: ParallelGroups, paths: RunPaths) -> Tracker:
+    """A W&B run of the server's own, beside the trainer's, by the same settings; one that does nothing but on the main rank."""
+    mode = config.run.wandb_mode if groups.is_main else "disabled"
+    return open_tracker(config.run.wandb_project, f"{config.run.name} selection", mode, paths.root, config_to_dict(config))
 
 
 def _try_round(

@@ -210,7 +210,13 @@ def test_status_for_people(run: RunPaths, monkeypatch: pytest.MonkeyPatch, capsy
         (
             "embeddings",
             {"done": 9000, "total": 10000, "unit": "sample", "per_second": 2000.0, "eta_seconds": 0.5},
-            "embeddings: 9,000 of 10,000 samples, 2,000.0/s, 0 s left",
+            "embedding the pool: 9,000 of 10,000 samples, 2,000.0/s, 0 s left",
+        ),
+        ("sorted", {}, "sorting embeddings by cluster"),
+        (
+            "group_0_offers_1",
+            {"done": 30, "total": 1000, "unit": "cluster", "per_second": 12.0, "eta_seconds": 80.8},
+            "choosing within clusters, offers 1: 30 of 1,000 clusters, 12.0/s, 81 s left",
         ),
         (
             "oracle_bootstrap",

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from megatron_groupmates.config import UserError
 from megatron_groupmates.server import chunks as chunks_module
-from megatron_groupmates.server.chunks import Chunks, disjoint, missing_ranges, rates
+from megatron_groupmates.server.chunk_files import disjoint
+from megatron_groupmates.server.chunks import Chunks, missing_ranges, rates
 from megatron_groupmates.server.context import Arrays, RoundContext
 from megatron_groupmates.utils.files import read_json
 from tests.common.distributed import run_ranks
@@ -127,6 +128,20 @@ class TestOneWorker:
         assert f"{path} " in caplog.text and message in caplog.text
         assert others.items() <= snapshot(context.directory / NAME).items()
         assert_squares(chunks.collect(), 11)
+
+    def test_items_may_have_as_many_rows_as_they_say(self, context, caplog):
+        def repeat(first: int, stop: int, done: Callable[[int], object]) -> Arrays:
+            return {"count": np.arange(first, stop), "item": np.repeat(np.arange(first, stop), np.arange(first, stop))}
+
+        chunks = Chunks(context, NAME, 10, 3, ["item"])
+        chunks.work(repeat, "number")
+        path = context.directory / NAME / "chunk-000000000003-000000000006.npz"
+        np.savez(path, count=np.arange(3, 6), item=np.zeros(5, int))
+        chunks.work(repeat, "number")
+        assert f"{path} does not hold the 3 items that its name says" in caplog.text
+        arrays = chunks.collect()
+        assert np.array_equal(arrays["count"], np.arange(10))
+        assert np.array_equal(arrays["item"], np.repeat(np.arange(10), np.arange(10)))
 
     @pytest.mark.parametrize(
         "name", ["chunk-000001.npz", "chunk-000000000000-000000000004.npz.tmp-7", "chunk-000000000008-000000000012.npz"]

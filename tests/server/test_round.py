@@ -17,8 +17,9 @@ from megatron_groupmates.config import Config, RunPaths
 from megatron_groupmates.influence.fit import FitResult
 from megatron_groupmates.pool.generation import Generation, load_generation, read_pointer
 from megatron_groupmates.pool.index import PoolIndex
+from megatron_groupmates.selection.store import EmbeddingStore
+from megatron_groupmates.server import fitting, stages, watch
 from megatron_groupmates.server import round as round_module
-from megatron_groupmates.server import stages, watch
 from megatron_groupmates.server.context import RoundContext
 from megatron_groupmates.utils.files import read_json, read_lines
 from tests.common.distributed import run_ranks
@@ -33,7 +34,9 @@ from tests.common.gpt_runs import (
     trained_run,
 )
 
-STAGES = ["candidates", "oracle_random", "init", "bootstrap", "oracle_bootstrap", "final", "embeddings", "selection"]
+LEARNING = ["candidates", "oracle_random", "init", "bootstrap", "oracle_bootstrap", "final"]
+SELECTING = ["embeddings", "reference", "centroids", "clusters", "sorted", "similarity", "selection"]
+STAGES = [*LEARNING, *SELECTING]
 STEP, NEXT_STEP = REFRESHES
 
 
@@ -67,6 +70,12 @@ def array(config: Config, stage: str, key: str, number: int = 1) -> np.ndarray:
     """What a stage of a round kept."""
     with np.load(paths(config).round(number) / f"{stage}.npz") as content:
         return content[key]
+
+
+def pool_embeddings(config: Config) -> np.ndarray:
+    """Of the rows that training had not consumed."""
+    store = EmbeddingStore.open(paths(config).round(1) / "embeddings")
+    return store.read(0, store.num_rows)
 
 
 def oracle_losses(config: Config) -> np.ndarray:
@@ -109,17 +118,18 @@ class TestPublishedGeneration:
         assert {(row["round"], row["step"]) for row in rows} == {(1, 5)}
         rates = {"rollouts_per_second", "tokens_per_second", "share"}
         for name, cost in provenance["stages"].items():
-            assert set(cost) == {"seconds", "flops"} | (rates if name.startswith("oracle") else set()) and cost["seconds"] >= 0
+            more = rates if name.startswith("oracle") else {"overlap"} if name == "selection" else set()
+            assert set(cost) == {"seconds", "flops"} | more and cost["seconds"] >= 0
         cost = provenance["stages"]["oracle_random"]
         assert set(cost["share"]) == {"step", "evaluation", "restore"} and 0.5 < sum(cost["share"].values()) <= 1
         assert 0 < 20 / cost["rollouts_per_second"] <= cost["seconds"]
         reference_tokens = 4 * SEQUENCE_LENGTH
         assert cost["tokens_per_second"] == pytest.approx(cost["rollouts_per_second"] * 3 * (SEQUENCE_LENGTH + reference_tokens))
-        assert all(provenance["stages"][name]["flops"] > 0 for name in STAGES if name not in ("bootstrap", "selection"))
+        assert all(provenance["stages"][name]["flops"] > 0 for name in (*LEARNING, "embeddings", "reference") if name != "bootstrap")
         assert set(provenance["fit"]) == {"init", "final"} and all(fit["accepted"] for fit in provenance["fit"].values())
         assert provenance["fit"]["final"]["train_rollouts"] + provenance["fit"]["final"]["held_out_rollouts"] == 26
         assert provenance["counts"]["candidates"] == 124 and provenance["counts"]["selected"] == 62
-        assert set(provenance["overlap"]["share"]) == {"group", "individual", "random"}
+        assert set(provenance["overlap"]["share"]) == {"group", "individual", "random", "similarity"}
         histogram = provenance["influence_histogram"]
         assert sum(histogram["pool"]) == 124 and sum(histogram["selected"]) == 62
         assert len(histogram["edges"]) == len(histogram["pool"]) + 1
@@ -184,7 +194,8 @@ class TestKilledRound:
         assert watch.serve(config, groups, once=True)
         # The generation is whole: not even the checkpoint is read again.
         assert started == [] and read_pointer(paths(config).selection) == 1
-        assert snapshot(paths(config).round(1), interesting) == kept
+        # What is as large as the pool's embeddings and not read again is gone.
+        assert snapshot(paths(config).round(1), interesting) == {name: at for name, at in kept.items() if not name.startswith("sorted/")}
         assert np.array_equal(generation(config).mask, generation(finished).mask)
         assert generation(config).provenance["fit"] == generation(finished).provenance["fit"]
 
@@ -253,7 +264,7 @@ class TestFailedRound:
         config = trained.copy(tmp_path, STEP)
         before = snapshot(paths(config).selection, keep=lambda path: "rounds" not in path.parts and path.name != "server.json")
         with monkeypatch.context() as patch:
-            patch.setattr(stages, "fit_relational", refuse)
+            patch.setattr(fitting, "fit_relational", refuse)
             assert not watch.serve(config, groups, once=True)
         assert_failed(config, 1, "every fit of the relational model has the wrong sign on held-out rollouts")
         assert snapshot(paths(config).selection, keep=lambda path: "rounds" not in path.parts and path.name != "server.json") == before
@@ -264,12 +275,14 @@ class TestFailedRound:
         assert watch.serve(config, groups, once=True)
         rewind(config, NEXT_STEP)
         with monkeypatch.context() as patch:
-            patch.setattr(stages, "fit_relational", refuse)
+            patch.setattr(fitting, "fit_relational", refuse)
             assert watch.serve(config, groups, once=True)
         provenance = generation(config, 2).provenance
         assert provenance["fit"]["fell_back_on"] == "selection/rounds/round-000001/final"
         assert not provenance["fit"]["final"]["accepted"] and provenance["checkpoint_step"] == NEXT_STEP
         assert "oracle_bootstrap" not in provenance["stages"]
+        left = [(paths(config).round(number) / name).exists() for number in (1, 2) for name in ("embeddings", "sorted")]
+        assert left == [False, False, True, False], "of all that is as large as the pool's embeddings, the newest is kept once"
         assert not generation(config, 2).mask[rows_of_samples(trained, 0, NEXT_STEP * BATCH)].any()
         assert provenance["selected_by_kind"]["web"]["selected"] > 0.8 * provenance["selected_by_kind"]["web"]["candidates"]
 
@@ -323,11 +336,13 @@ def test_other_methods_and_recipes(finished, trained, groups, tmp_path, changes)
         assert set(provenance["stages"]) == {"selection"} and provenance["fit"] == {}
         assert 0.25 < web["selected"] / web["candidates"] < 0.75
     elif config.selection.method == "similarity":
-        assert set(provenance["stages"]) == {"load_checkpoint", "embeddings", "reference", "selection"} and provenance["fit"] == {}
+        assert set(provenance["stages"]) == {"load_checkpoint", "embeddings", "reference", "similarity", "selection"}
+        assert provenance["fit"] == {} and pool_embeddings(config).dtype == np.float32
         assert web["selected"] / web["candidates"] > 0.9
     else:
         validation = {"oracle_validation"} if config.oracle.estimator == "first_order" else set()
-        assert set(provenance["stages"]) == {"load_checkpoint", *STAGES} | validation
+        shares = {"group_1_offers"} if config.selection.recipe == "paper" else set()
+        assert set(provenance["stages"]) == {"load_checkpoint", *STAGES} | validation | shares
         if config.selection.recipe != "paper":
             # The paper takes the same share of each cluster.
             assert web["selected"] / web["candidates"] > 0.8
@@ -404,8 +419,8 @@ class TestTwoRanks:
         assert np.array_equal(array(two_ranks.configs["workers"], "candidates", "features"), array(finished, "candidates", "features"))
         # The fit sums gradients over ranks and differs by rounding; kept in half precision.
         np.testing.assert_allclose(
-            array(two_ranks.configs["workers"], "embeddings", "embeddings").astype(np.float64),
-            array(finished, "embeddings", "embeddings"),
+            pool_embeddings(two_ranks.configs["workers"]).astype(np.float64),
+            pool_embeddings(finished),
             atol=2e-2,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.log import LogEntry, append_entry
 from megatron_groupmates.server import watch
 from megatron_groupmates.utils.files import read_json, sha256_file
+from megatron_groupmates.utils.tracking import Tracker
 from tests.common.gpt_runs import BATCH, REFRESHES, make_pools, rows_of_samples, tiny_config
 from tests.pool.helpers import change_facts, make_pool
 
@@ -98,6 +100,56 @@ def test_a_checkpoint_still_being_written_is_not_read(trained, groups, tmp_path)
     announce(config, FIRST - 1)
     assert watch.serve(config, groups, once=False)
     assert published(config) == (0, [])
+
+
+class FakeRun:
+    """A W&B run that remembers."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[dict[str, float], int]] = []
+        self.finished = 0
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.rows.append((values, step))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+class TestTracking:
+    @pytest.fixture
+    def opened(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], FakeRun]]:
+        """Arguments and run of each tracker that the server opens."""
+        opened: list[tuple[tuple[Any, ...], FakeRun]] = []
+
+        def open_tracker(*arguments: Any) -> Tracker:
+            opened.append((arguments, FakeRun()))
+            return Tracker(opened[-1][1])
+
+        monkeypatch.setattr(watch, "open_tracker", open_tracker)
+        return opened
+
+    def test_each_round_is_a_row_at_its_checkpoints_step(self, trained, groups, tmp_path, opened):
+        config = trained.copy(tmp_path, SECOND, run__wandb_mode="offline", **RANDOM)
+        assert watch.serve(config, groups, once=False)
+        [((project, name, mode, directory, shown), run)] = opened
+        assert (project, name, mode, directory) == (config.run.wandb_project, f"{config.run.name} selection", "offline", paths(config).root)
+        assert shown["selection"]["method"] == "random"
+        [(values, step)] = run.rows
+        assert step == SECOND and values["generation"] == 2 and values["stage/selection/seconds"] >= 0
+        assert run.finished == 1
+
+    def test_a_failed_round_sends_nothing_and_the_run_is_closed(self, trained, groups, tmp_path, opened):
+        config = trained.copy(tmp_path, FIRST, **RANDOM)
+        (paths(config).checkpoints / f"global_step{FIRST}" / "mp_rank_00_model_states.pt").write_bytes(b"")
+        assert not watch.serve(config, groups, once=True)
+        assert opened[0][1].rows == [] and opened[0][1].finished == 1
+
+    def test_other_ranks_send_nothing(self, trained, tmp_path, opened):
+        config = trained.copy(tmp_path, FIRST, run__wandb_mode="online", **RANDOM)
+        other = SimpleNamespace(is_main=False)
+        watch._open_tracker(config, other, paths(config)).close()
+        assert opened[0][0][2] == "disabled"
 
 
 class TestFailures:
