@@ -7,13 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_groupmates.report.oracle import different_estimators_note, fallback_note, fell_back, stage_family, throughput
+from megatron_groupmates.report.fit import FITS, fit_quality, relation_effects, relations_sentence, sign_checks, warm_starts
+from megatron_groupmates.report.oracle import different_estimators_note, fallback_note, fell_back, throughput
 from megatron_groupmates.report.read import Generation, Run
+from megatron_groupmates.report.selection import overlap_by_chance, selection_figures
+from megatron_groupmates.server.stage_names import stage_family
 
 RANDOM = "random"
-FITS = ("init", "final")
-MODELS = ("relational", "individual", "constant")
-MEASURES = ("spearman", "pearson", "mse", "mae")
 # Runs of the quickstart's size that differ in their seed alone had a standard deviation of 0.013 in final loss, so two
 # of them differ by less than this in 19 cases of 20.
 SEED_SPREAD = 0.04
@@ -124,23 +124,22 @@ def generation_figures(generation: Generation) -> dict[str, Any]:
         "counts",
     )
     provenance = generation.provenance
-    oracle, rates = provenance.get("oracle"), throughput(provenance.get("stages", {}))
+    fit = provenance.get("fit", {})
+    parts = {
+        "oracle": provenance.get("oracle"),
+        "throughput": throughput(provenance.get("stages", {})),
+        "relations": relation_effects(fit),
+        "sign_check": sign_checks(fit),
+        "warm_start": warm_starts(fit),
+        "overlap_by_chance": overlap_by_chance(provenance.get("counts", {})),
+        **selection_figures(provenance),
+    }
     return {
         "generation": generation.number,
         "effective_tokens": generation.effective_tokens,
         **{name: provenance[name] for name in shown if name in provenance},
-        **({"oracle": oracle} if oracle else {}),
-        **({"throughput": rates} if rates else {}),
-        "fit": fit_quality(provenance.get("fit", {})),
-    }
-
-
-def fit_quality(fit: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """``{"init" | "final": {model: {measure: value}}}`` on held-out rollouts, from the reports of a round's fits."""
-    return {
-        name: {model: {measure: fit[name][model].get(measure) for measure in MEASURES} for model in MODELS if model in fit[name]}
-        for name in FITS
-        if name in fit
+        **{name: value for name, value in parts.items() if value},
+        "fit": fit_quality(fit),
     }
 
 
@@ -230,6 +229,17 @@ def _ratio_sentence(label: str, ratio: dict[str, float | None]) -> str:
     return f"{reached}, {ratio['ratio_with_selection']:.2f} when the cost of selection is counted."
 
 
+def relations_answers(runs: Sequence[Run]) -> list[str]:
+    """Whether relations help the prediction, a sentence for each run; by its last fit of every round."""
+    answers = []
+    for run in runs:
+        effects = [relation_effects(generation.provenance.get("fit", {})) for generation in run.generations]
+        last = [list(effect.values())[-1] for effect in effects if effect]
+        if last:
+            answers.append(relations_sentence(run.label, last))
+    return answers
+
+
 def notes(runs: Sequence[Run]) -> list[str]:
     """What a reader must know about the data: unfinished runs, evaluations left out, estimators and fits that were refused."""
     lines = [f"{run.label}: training is not finished (state: {run.state})." for run in runs if run.state != "finished"]
@@ -259,7 +269,14 @@ def notes(runs: Sequence[Run]) -> list[str]:
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
     """The content of ``summary.json``: all figures of the report; numbers that are not finite become None."""
     target = random_target(runs)
-    return finite({"arms": {run.label: arm_figures(run, target) for run in runs}, "conclusions": conclusions(runs), "notes": notes(runs)})
+    return finite(
+        {
+            "arms": {run.label: arm_figures(run, target) for run in runs},
+            "conclusions": conclusions(runs),
+            "relations": relations_answers(runs),
+            "notes": notes(runs),
+        }
+    )
 
 
 def finite(value: Any) -> Any:

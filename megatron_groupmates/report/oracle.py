@@ -5,14 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megatron_groupmates.server.stage_names import stage_family
+
 SHARES = ("step", "evaluation", "restore")
 _RATES = ("rollouts_per_second", "tokens_per_second")
-_BATCH_MARK = ".batch-"
-
-
-def stage_family(stage: str) -> str:
-    """Name of a stage without the number of its batch: an adaptive budget collects one stage in many batches."""
-    return stage.partition(_BATCH_MARK)[0]
 
 
 def throughput(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:

@@ -15,27 +15,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from megatron_groupmates.report.figures import RANDOM, generations_with, overlap_matrix
+from megatron_groupmates.report.figures import RANDOM, generations_with
 
-_INK = "#123456"  # stands for the page's text colour until the SVG is written
+INK = "#123456"  # stands for the page's text colour until the SVG is written
 _ARM_COLOURS = {"random": "#8c8c8c", "group": "#2f6fdb", "individual": "#e08a1e", "similarity": "#2a9d74", "no selection": "#b07aa1"}
-_COLOURS = ("#c8553d", "#7a5ccf", "#3ba7c9", "#b8a12f", "#d1619c", "#5f7d3b", "#8d6e63")
-_POOL_COLOUR, _SELECTED_COLOUR = "#9aa4b2", "#2f6fdb"
+COLOURS = ("#c8553d", "#7a5ccf", "#3ba7c9", "#b8a12f", "#d1619c", "#5f7d3b", "#8d6e63")
+POOL_COLOUR, SELECTED_COLOUR = "#9aa4b2", "#2f6fdb"
+_OTHER, _OTHER_COLOUR = "other stages", "#c9ced6"
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _INK,
+    "grid.color": INK,
     "grid.alpha": 0.13,
     "grid.linewidth": 0.7,
     "axes.titlesize": 10,
@@ -61,7 +62,7 @@ def svg(figure: Figure, description: str) -> str:
         buffer, format="svg", bbox_inches="tight", pad_inches=0.05, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
     )
     text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"|font-family: [^;"]*;?', "", text)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
@@ -72,7 +73,7 @@ def svg(figure: Figure, description: str) -> str:
 def arm_colours(summary: dict[str, Any]) -> dict[str, str]:
     """A colour for each run; the first run of a method has the method's own."""
     colours: dict[str, str] = {}
-    spare = iter(_COLOURS * len(summary["arms"]))
+    spare = iter(COLOURS * len(summary["arms"]))
     for label, arm in summary["arms"].items():
         own = _ARM_COLOURS.get(arm["arm"])
         colours[label] = own if own and own not in colours.values() else next(spare)
@@ -100,10 +101,10 @@ def evaluation_plot(summary: dict[str, Any]) -> Figure:
             difference = losses[shared] - np.interp(tokens[shared], *baseline)
             _curve(panels[1], tokens[shared], difference, [at for at in adopted if at >= baseline[0, 0]], colours[label], label)
     if any(adoptions(arm) for arm in arms.values()):
-        panels[0].plot([], [], "v", color=_INK, markersize=7, label="new generation in force")
+        panels[0].plot([], [], "v", color=INK, markersize=7, label="new generation in force")
     for axes, name in zip(panels, ("evaluation loss (nats per token)", "difference from random"), strict=False):
         for at in sorted({arm["branch_tokens"] for arm in arms.values() if arm["branch_tokens"]}):
-            axes.axvline(at, color=_INK, linewidth=0.9, linestyle=(0, (2, 3)), alpha=0.6)
+            axes.axvline(at, color=INK, linewidth=0.9, linestyle=(0, (2, 3)), alpha=0.6)
         axes.set(xlabel="training tokens (dotted: the arms branch)", ylabel=name)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[0].legend(loc="upper right", fontsize=9)
@@ -124,7 +125,7 @@ def _curve(axes: Axes, tokens: np.ndarray, values: np.ndarray, marks: Sequence[f
     )
 
 
-def _heat_map(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:
+def heat_map(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:
     """Percentages (0 to 1, NaN for none) on a blue scale, each printed in its cell."""
     largest = max(float(np.nanmax(values)), 1e-9)
     axes.pcolormesh(
@@ -150,52 +151,6 @@ def _heat_map(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequ
     axes.spines[:].set_visible(False)
 
 
-def kinds_plot(summary: dict[str, Any]) -> Figure | None:
-    """Share of each kind's candidates that each generation selected; by the last generation's share, highest first."""
-    found = generations_with(summary, "selected_by_kind")
-    if not found:
-        return None
-    tables = [
-        {kind: counts["selected"] / counts["candidates"] for kind, counts in generation["selected_by_kind"].items() if counts["candidates"]}
-        for _, generation in found
-    ]
-    kinds = sorted({kind for table in tables for kind in table}, key=lambda kind: (-tables[-1].get(kind, -1.0), kind))
-    values = np.array([[table.get(kind, math.nan) for table in tables] for kind in kinds])
-    columns = [f"{label}\n{generation['generation']}" for label, generation in found]
-    figure = Figure(figsize=(2.2 + 0.8 * len(columns), 1 + 0.27 * len(kinds)))
-    axes = figure.add_subplot()
-    _heat_map(axes, values, kinds, columns)
-    axes.xaxis.tick_top()
-    return figure
-
-
-def influence_plot(summary: dict[str, Any]) -> Figure | None:
-    """Predicted individual influence of the pool and of what was selected, a panel for each generation."""
-    found = generations_with(summary, "influence_histogram")
-    if not found:
-        return None
-    columns = 2 if len(found) == 4 else min(3, len(found))
-    rows = math.ceil(len(found) / columns)
-    figure = Figure(figsize=(3.1 * columns, 2.4 * rows), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(rows, columns)).ravel()
-    for axes in panels[len(found) :]:
-        axes.remove()
-    for number, (axes, (label, generation)) in enumerate(zip(panels, found, strict=False)):
-        histogram = generation["influence_histogram"]
-        edges = np.array(histogram["edges"], dtype=np.float64)
-        for name, colour, alpha in (("pool", _POOL_COLOUR, 0.55), ("selected", _SELECTED_COLOUR, 0.75)):
-            axes.stairs(histogram[name], edges, fill=True, color=colour, alpha=alpha, label=name)
-        if edges[0] < 0 < edges[-1]:
-            axes.axvline(0, color=_INK, linewidth=0.7, alpha=0.5)
-        axes.set_title(f"{label}, generation {generation['generation']}")
-        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-        if number == 0:
-            axes.legend(loc="upper right", fontsize=9)
-            axes.set_ylabel("samples")
-        axes.set_xlabel("individual influence")
-    return figure
-
-
 def budget_plot(summary: dict[str, Any]) -> Figure | None:
     """Held-out Spearman of the relational model against the rollouts collected, a line for each round with an adaptive budget."""
     curves = {
@@ -212,39 +167,48 @@ def budget_plot(summary: dict[str, Any]) -> Figure | None:
     axes = figure.add_subplot()
     for number, (label, points) in enumerate(curves.items()):
         rollouts, spearman = zip(*points, strict=True)
-        axes.plot(rollouts, spearman, "o-", color=_COLOURS[number % len(_COLOURS)], linewidth=1.8, markersize=4, label=label)
+        axes.plot(rollouts, spearman, "o-", color=COLOURS[number % len(COLOURS)], linewidth=1.8, markersize=4, label=label)
     axes.set(xlabel="random rollouts collected", ylabel="held-out Spearman")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(loc="best", fontsize=9)
     return figure
 
 
-def overlap_plot(summary: dict[str, Any]) -> Figure | None:
-    """Overlap of the methods' selections, a matrix for the last generation of each run that has one."""
-    found = list(dict(generations_with(summary, "overlap")).items())
-    if not found:
-        return None
-    figure = Figure(figsize=(3.9 * len(found), 2.6), layout="constrained")
-    for axes, (label, generation) in zip(np.atleast_1d(figure.subplots(1, len(found))), found, strict=True):
-        names, matrix = overlap_matrix(generation["overlap"]["share"])
-        _heat_map(axes, np.array(matrix), names, names)
-        axes.set_title(f"{label}, generation {generation['generation']}")
-    return figure
+def _with_others(arms: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """The tables of stages with the smallest put together, so that each of the others has a colour of its own.
+
+    A stage is as large as its largest share of a run's seconds or FLOPs.
+    """
+    sizes: dict[str, float] = {}
+    for table in arms.values():
+        for unit in ("seconds", "flops"):
+            total = sum(row[unit] for row in table.values()) or 1.0
+            for stage, row in table.items():
+                sizes[stage] = max(sizes.get(stage, 0.0), row[unit] / total)
+    sizes.pop("training", None)
+    small = set(sorted(sizes, key=lambda stage: -sizes[stage])[len(COLOURS) :])
+    shown = {label: {stage: row for stage, row in table.items() if stage not in small} for label, table in arms.items()}
+    for label, table in arms.items():
+        if others := small & set(table):
+            shown[label][_OTHER] = {unit: sum(table[stage][unit] for stage in sorted(others)) for unit in ("seconds", "flops")}
+    return shown
 
 
 def cost_plot(summary: dict[str, Any]) -> Figure | None:
     """Time and FLOPs of training and of each selection stage, a bar for each run."""
-    arms = {label: arm["stages"] for label, arm in summary["arms"].items()}
-    stages = list(dict.fromkeys(stage for table in arms.values() for stage in table))
+    arms = _with_others({label: arm["stages"] for label, arm in summary["arms"].items()})
     if not any(row["seconds"] or row["flops"] for table in arms.values() for row in table.values()):
         return None
+    stages = list(dict.fromkeys(stage for table in arms.values() for stage in table))
+    if _OTHER in stages:
+        stages.append(stages.pop(stages.index(_OTHER)))
     figure = Figure(figsize=(9, 1.5 + 0.34 * len(arms)), layout="constrained")
     seconds_axes, flops_axes = figure.subplots(1, 2, sharey=True)
     for axes, unit in ((seconds_axes, "seconds"), (flops_axes, "flops")):
         left = np.zeros(len(arms))
         for number, stage in enumerate(stages):
             widths = np.array([table.get(stage, {}).get(unit, 0.0) for table in arms.values()])
-            colour = _POOL_COLOUR if stage == "training" else _COLOURS[(number - 1) % len(_COLOURS)]
+            colour = {"training": POOL_COLOUR, _OTHER: _OTHER_COLOUR}.get(stage, COLOURS[(number - 1) % len(COLOURS)])
             axes.barh(list(arms), widths, left=left, height=0.62, color=colour, label=stage)
             left += widths
         axes.grid(visible=False, axis="y")

@@ -107,9 +107,10 @@ def full_provenance(method: str, checkpoint_step: int, favoured: str = "docstrin
     pool = [round(1000 * math.exp(-(((edge - 10) / 4) ** 2))) for edge in range(20)]
     selected = [count if edge < 8 else round(count * math.exp(-(edge - 7))) for edge, count in enumerate(pool)]
     share = {
-        "group": {"group": 1.0, "individual": 0.93, "random": 0.26},
-        "individual": {"group": 0.92, "individual": 1.0, "random": 0.25},
-        "random": {"group": 0.27, "individual": 0.24, "random": 1.0},
+        "group": {"group": 1.0, "individual": 0.93, "similarity": 0.41, "random": 0.26},
+        "individual": {"group": 0.92, "individual": 1.0, "similarity": 0.4, "random": 0.25},
+        "similarity": {"group": 0.42, "individual": 0.41, "similarity": 1.0, "random": 0.25},
+        "random": {"group": 0.27, "individual": 0.24, "similarity": 0.26, "random": 1.0},
     }
     return {
         "method": method,
@@ -131,24 +132,74 @@ def full_provenance(method: str, checkpoint_step: int, favoured: str = "docstrin
             "embed": {"seconds": 5.0, "flops": 3e10},
             "select": {"seconds": 0.7, "flops": 1e8},
         },
-        "fit": {
-            "init": {"relational": {"spearman": 0.51, "pearson": 0.55, "mse": 0.71, "mae": 0.6}, "accepted": True},
-            "final": {
-                "accepted": True,
-                "attempts": [{"epoch": 3}],
-                "relational": {"spearman": 0.58, "pearson": 0.62, "mse": 0.61, "mae": 0.55},
-                "individual": {"spearman": 0.57, "pearson": 0.61, "mse": 0.62, "mae": 0.56},
-                "constant": {"spearman": 0.0, "pearson": 0.0, "mse": 1.0, "mae": 0.8},
-            },
-        },
+        "fit": fit_reports(),
         "selected_by_kind": {
             kind: {"selected": 250 if kind == favoured else 40 * index, "candidates": 400} for index, kind in enumerate(KINDS)
         },
         "influence_histogram": {"edges": [edge / 10 - 1 for edge in range(21)], "pool": pool, "selected": selected},
         "oracle": oracle_facts(),
         "overlap": {"share": share, "jaccard": share},
-        "counts": {"candidates": 2400, "selected": 850},
+        "counts": {
+            "candidates": 2400,
+            "selected": 850,
+            "budget_tokens": 110_000,
+            "selected_tokens": 109_000,
+            "minimum_source_share": [
+                {"kind": "licence", "minimum_tokens": 5500, "selected_tokens": 15369, "reserved": False},
+                {"kind": "man_page", "minimum_tokens": 22000, "selected_tokens": 21974, "reserved": True},
+            ],
+            "cluster_sizes": [900, 600, 400, 300, 150, 0, 50],
+            "cluster_selected": [450, 0, 200, 150, 0, 0, 50],
+        },
+        "examples": example_documents(),
     }
+
+
+def fit_reports() -> dict[str, Any]:
+    """``provenance["fit"]`` of a round whose final fit started warm."""
+    check = {"correlation": 0.613, "samples": 80, "kind": "first_position"}
+    return {
+        "init": {
+            "relational": {"spearman": 0.51, "pearson": 0.55, "mse": 0.71, "mae": 0.6},
+            "accepted": True,
+            "sign_check": {"correlation": 0.702, "samples": 160, "kind": "dense"},
+            "warm_start": None,
+            "attempts": [{"epoch": 3}],
+        },
+        "final": {
+            "accepted": True,
+            "attempts": [{"epoch": 3}, {"epoch": 5}],
+            "held_out_rollouts": 80,
+            "relational": {"spearman": 0.58, "pearson": 0.62, "mse": 0.61, "mae": 0.55},
+            "individual": {"spearman": 0.57, "pearson": 0.61, "mse": 0.62, "mae": 0.56},
+            "constant": {"spearman": 0.0, "pearson": 0.0, "mse": 1.0, "mae": 0.8},
+            "sign_check": check,
+            "warm_start": {"from": 1, "spearman_before": 0.44, "spearman": 0.58, "spearman_from_scratch": 0.561},
+        },
+    }
+
+
+def example_documents(count: int = 3) -> dict[str, list[dict[str, Any]]]:
+    """``provenance["examples"]``; the second document chosen has no text, the third none that can be read."""
+    sides = {"chosen": -1.0, "rejected": 1.0}
+    examples = {
+        side: [
+            {
+                "row": 100 + number,
+                "shard": "shard_00000001",
+                "shard_row": number,
+                "score": sign * (0.9 - number / 10),
+                "kind": KINDS[number],
+                "num_tokens": 128,
+                "text": f"The {side} document {number}.\n" + "It goes on for some lines. " * 12,
+            }
+            for number in range(count)
+        ]
+        for side, sign in sides.items()
+    }
+    examples["chosen"][1] |= {"text": None, "tokens": [5, 17, 3]}
+    examples["chosen"][2] |= {"text": None, "kind": None}
+    return examples
 
 
 def oracle_facts(**changes: Any) -> dict[str, Any]:
@@ -165,12 +216,19 @@ def oracle_facts(**changes: Any) -> dict[str, Any]:
             "curve": [{"rollouts": count, "spearman": value} for count, value in ((128, 0.31), (256, 0.442), (384, 0.44))],
             "stopped": "patience",
         },
+        "bootstrap": {"rollouts": 40, "distinct_samples": 19, "distinct_sets": 12, "max_uses": 40, "uses": bootstrap_uses()},
         "noise": [
             {"learning_rate": 3e-4, "rollouts": 32, "spearman": 0.913},
             {"learning_rate": 3e-5, "rollouts": 32, "spearman": 0.962},
         ],
     }
     return {**facts, **changes}
+
+
+def bootstrap_uses() -> list[int]:
+    """How many samples are in 1, 2, 3 ... of 40 rollouts of 5 samples: 19 samples, 200 places."""
+    samples_by_uses = {1: 8, 2: 2, 4: 3, 9: 1, 12: 1, 35: 1, 40: 3}
+    return [samples_by_uses.get(number, 0) for number in range(1, 41)]
 
 
 def write_experiment(root: Path) -> list[Path]:

@@ -111,13 +111,6 @@ def test_overlap_matrix_has_a_row_for_each_selection() -> None:
     assert matrix == [[1.0, 0.25], [0.5, 1.0]]
 
 
-def test_fit_quality_keeps_the_measures_and_nothing_else() -> None:
-    measures = {"spearman": 0.5, "pearson": 0.4, "mse": 0.3, "mae": 0.2}
-    fit = {"init": {"relational": measures, "accepted": True, "seed": 4}, "fell_back_on": "x"}
-    assert figures.fit_quality(fit) == {"init": {"relational": measures}}
-    assert figures.fit_quality({}) == {}
-
-
 def test_refused_fits_are_noted() -> None:
     generation = Generation(
         number=2,

@@ -8,23 +8,33 @@ from typing import Any
 
 import pytest
 
-from megatron_groupmates.report import oracle, page, plots
-from megatron_groupmates.report.build import build_report
+from megatron_groupmates.report import oracle, page_influence, plots
+from megatron_groupmates.report.figures import summarise
+from megatron_groupmates.report.read import read_runs
 from tests.common.report_runs import full_provenance, oracle_facts, write_run
 
+SECTIONS = (
+    page_influence.oracle_section,
+    page_influence.budget_section,
+    page_influence.noise_section,
+    page_influence.throughput_section,
+)
 FELL_BACK = {"estimator": "exact", "validation": {"rollouts": 20, "spearman": 0.123, "floor": 0.5, "fell_back": True}}
 
 
 def built(root: Path, *facts: dict[str, Any] | None, **stages: Any) -> tuple[dict[str, Any], str]:
-    """Summary and page of one run with a round for each of ``facts``; None is a round of before they were kept."""
+    """Summary and the page's sections on the oracle, of one run with a round for each of ``facts``.
+
+    None is a round of before they were kept.
+    """
     rounds = []
     for number, given in enumerate(facts, start=1):
         provenance = {**full_provenance("group", 100 * number), "oracle": given}
         if given is None:
             del provenance["oracle"]
         rounds.append({**provenance, "stages": {**provenance["stages"], **stages}})
-    summary = build_report([write_run(root / "run", "group", provenances=rounds)], root / "out")
-    return summary, (root / "out" / "report.html").read_text()
+    summary = summarise(read_runs([write_run(root / "run", "group", provenances=rounds)]))
+    return summary, "".join(section(summary) for section in SECTIONS)
 
 
 def test_each_round_says_how_it_measured_and_how_well(tmp_path: Path) -> None:
@@ -121,7 +131,7 @@ def test_throughput_is_shown_and_batches_cost_as_one_stage(tmp_path: Path) -> No
     assert summary["arms"]["group"]["stages"]["oracle_random"] == {"seconds": 6.0, "flops": 30.0}
     assert row_of(["group", "1", "random_rollouts", "4.1", "52k", "60%", "35%", "5%"], 3) in text
     assert row_of(["group", "1", "oracle_random", "-", "1.25k", "-", "-", "-"], 3) in text
-    assert page.throughput_section({"arms": {}}) == ""
+    assert page_influence.throughput_section({"arms": {}}) == ""
 
 
 def test_runs_that_measured_differently_are_told_apart(tmp_path: Path) -> None:
@@ -129,8 +139,8 @@ def test_runs_that_measured_differently_are_told_apart(tmp_path: Path) -> None:
     rounds = [{**full_provenance(method, 100), "oracle": facts} for method, facts in (("group", oracle_facts()), ("individual", exact))]
     runs = [write_run(tmp_path / item["method"], item["method"], provenances=[item]) for item in rounds]
     runs.append(write_run(tmp_path / "random", "random"))
-    assert build_report(runs, tmp_path / "out")["notes"] == [
+    assert summarise(read_runs(runs))["notes"] == [
         "The runs measured influences by different estimators (group: first_order; individual: exact): they differ in more than the "
         "method of selection."
     ]
-    assert build_report([runs[0], runs[2]], tmp_path / "out")["notes"] == []
+    assert summarise(read_runs([runs[0], runs[2]]))["notes"] == []

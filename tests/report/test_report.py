@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_groupmates.config import UserError
-from megatron_groupmates.report import page, plots
+from megatron_groupmates.report import blocks, plots
 from megatron_groupmates.report.build import build_report
 from megatron_groupmates.report.read import read_run, read_runs, unique_labels
 from tests.common.report_runs import TOKENS_PER_STEP, full_provenance, write_experiment, write_lines, write_run
@@ -119,7 +119,7 @@ def test_the_page_shows_every_arm_and_needs_nothing_from_outside(experiment: tup
     assert "http" not in text and "url(" in text and not re.search(r"url\((?!#)", text)
     assert not re.search(r"\b(nan|inf)\b", text, re.IGNORECASE) and ">None<" not in text
     assert "Left out" not in text
-    assert text.count("<svg") == 6
+    assert text.count("<svg") == 8
     for arm in ("group", "individual", "similarity", "random"):
         assert f'<td class="text">{arm}</td>' in text
     for figure in ("5.280", "0.580", "random_rollouts", "which one seed cannot separate"):
@@ -156,6 +156,8 @@ def test_missing_parts_are_left_out_with_a_reason(tmp_path: Path) -> None:
         "no generation was made with an influence model",
         "no generation compares the methods",
         "no generation was made with an oracle",
+        "no generation was selected by cluster",
+        "no generation kept example documents",
         "no generation says what its influences were measured with",
         "no run has recorded time or FLOPs yet",
     ):
@@ -181,7 +183,7 @@ def test_names_cannot_break_the_page(tmp_path: Path) -> None:
 
 def test_a_plot_is_well_formed_and_takes_its_ink_from_the_page(experiment: tuple[Path, list[Path]]) -> None:
     summary = json.loads((experiment[0] / "summary.json").read_text())
-    text = page.drawn(summary, "Cost", plots.cost_plot)
+    text = blocks.drawn(summary, "Cost", plots.cost_plot)
     assert text is not None and "currentColor" in text and "#123456" not in text
     svg = re.search(r"<svg.*</svg>", text, re.DOTALL)
     assert svg is not None
@@ -189,7 +191,23 @@ def test_a_plot_is_well_formed_and_takes_its_ink_from_the_page(experiment: tuple
     assert root.get("aria-label") == "Cost" and root.get("viewBox") and root.get("height") is None
 
 
+def test_more_stages_than_colours_are_one_in_the_plot_of_costs() -> None:
+    stages = {"training": {"seconds": 90.0, "flops": 1e12}, "tiny": {"seconds": 0.5, "flops": 0.0}, "small": {"seconds": 1.0, "flops": 0.0}}
+    stages |= {f"large {number}": {"seconds": 2.0, "flops": 1e9} for number in range(len(plots.COLOURS) - 1)}
+    # Hardly any time, but most FLOPs of a run.
+    stages["heavy"] = {"seconds": 0.1, "flops": 5e12}
+    runs = {"group": {"stages": stages}, "random": {"stages": {"training": {"seconds": 95.0, "flops": 1e12}}}}
+    figure = plots.cost_plot({"arms": runs})
+    assert figure is not None
+    seconds = figure.axes[0].containers
+    names = [container.get_label() for container in seconds]
+    assert names == ["training", *(name for name in stages if name.startswith("large")), "heavy", "other stages"]
+    assert [patch.get_width() for patch in seconds[-1].patches] == [1.5, 0.0]
+    assert len({container.patches[0].get_facecolor() for container in seconds}) == len(names)
+    assert plots.cost_plot({"arms": {"group": {"stages": {"training": {"seconds": 0.0, "flops": 0.0}}}}}) is None
+
+
 def test_numbers_are_written_for_people() -> None:
     values = (None, 0.0, 12.0, 1250.0, 4.1e10, 3e18)
-    assert [page.count(value) for value in values] == ["-", "0", "12", "1.25k", "41G", "3E"]
-    assert page.number(None) == "-" and page.number(1234.5) == "1,234.500"
+    assert [blocks.count(value) for value in values] == ["-", "0", "12", "1.25k", "41G", "3E"]
+    assert blocks.number(None) == "-" and blocks.number(1234.5) == "1,234.500"
