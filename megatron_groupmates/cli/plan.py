@@ -22,7 +22,8 @@ from megatron_groupmates.cli.oracle_costs import (
     read_rates,
     reference_tokens,
 )
-from megatron_groupmates.config import Config, check_world_size, oracle_estimator, refresh_steps
+from megatron_groupmates.cli.selection_costs import TEXT_ENCODER_FLOPS_PER_TOKEN, format_selection_costs, selection_costs
+from megatron_groupmates.config import Config, UserError, check_world_size, oracle_estimator, refresh_steps
 from megatron_groupmates.model.sizes import model_size, training_bytes_per_gpu
 from megatron_groupmates.pool.contexts import choose_packing
 from megatron_groupmates.pool.exclusion import open_exclusion
@@ -39,11 +40,13 @@ class Hardware:
         gpus: GPUs of the trainer.
         server_gpus: GPUs of the selection server.
         flops_per_second: that one GPU sustains on dense matrix products.
+        server_cores: CPU cores of the selection server, all its hosts together.
     """
 
     gpus: int
     server_gpus: int
     flops_per_second: float
+    server_cores: int = 16
 
 
 def add_commands(commands: Any) -> None:
@@ -57,6 +60,9 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--gpus", type=_positive(int), metavar="N", help="GPUs of the trainer (default: one tensor-parallel group)")
     parser.add_argument(
         "--server-gpus", type=_positive(int), metavar="N", help="GPUs of the selection server (default: one tensor-parallel group)"
+    )
+    parser.add_argument(
+        "--server-cores", type=_positive(int), metavar="N", help="CPU cores of the selection server (default: 16 for each of its GPUs)"
     )
     parser.add_argument(
         "--tflops",
@@ -73,6 +79,9 @@ def add_commands(commands: Any) -> None:
         "where it has any)",
     )
     parser.add_argument("--no-data", action="store_true", help="do not open the pools: check the config alone")
+    parser.add_argument(
+        "--pool-samples", type=_positive(int), metavar="N", help="with --no-data: of a pool of so many samples, each a whole sequence"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.set_defaults(handler=_plan)
 
@@ -80,14 +89,18 @@ def add_commands(commands: Any) -> None:
 def _plan(options: argparse.Namespace) -> int:
     config = read_config(options)
     tensor = config.parallel.tensor_model_parallel_size
+    server_gpus = options.server_gpus or config.server.tensor_model_parallel_size or tensor
     hardware = Hardware(
         gpus=options.gpus or tensor,
-        server_gpus=options.server_gpus or config.server.tensor_model_parallel_size or tensor,
+        server_gpus=server_gpus,
         flops_per_second=options.tflops * 1e12,
+        server_cores=options.server_cores or 16 * server_gpus,
     )
+    if options.pool_samples and not options.no_data:
+        raise UserError("--pool-samples: the pool itself says how many samples it has; use it with --no-data only")
     pool, reference = (None, None) if options.no_data else check_pools(config)
     rates = read_rates(options.rates, config) if options.rates else find_rates(config)
-    facts = make_plan(config, hardware, pool, reference, rates)
+    facts = make_plan(config, hardware, pool, reference, rates, options.pool_samples)
     print(json.dumps(facts) if options.json else format_plan(facts))
     return 0
 
@@ -115,7 +128,12 @@ def check_pools(config: Config) -> tuple[PoolIndex, PoolIndex | None]:
 
 
 def make_plan(
-    config: Config, hardware: Hardware, pool: PoolIndex | None, reference: PoolIndex | None = None, rates: Rates | None = None
+    config: Config,
+    hardware: Hardware,
+    pool: PoolIndex | None,
+    reference: PoolIndex | None = None,
+    rates: Rates | None = None,
+    pool_samples: int | None = None,
 ) -> dict[str, Any]:
     """Sizes and costs of the run; times in seconds, sizes in bytes.
 
@@ -125,6 +143,7 @@ def make_plan(
         pool: of training; None leaves out what depends on it.
         reference: the reference set; without it its lengths are assumed.
         rates: of a finished round, for times of the oracle that are measured.
+        pool_samples: of a pool that is not there yet, each a whole sequence; with ``pool`` None.
 
     Raises:
         UserError: the batch does not divide over the GPUs.
@@ -136,6 +155,8 @@ def make_plan(
     memory = training_bytes_per_gpu(config, data_parallel)
     refreshes = len(refresh_steps(config))
     lengths = pool.lengths if pool else None
+    if lengths is None and pool_samples is not None:
+        lengths = np.full(pool_samples, length + 1)
     evaluated = reference_tokens(config, reference)
     stages = selection_flops(config, lengths, evaluated) if config.selection.enabled else {}
     server_speed = hardware.server_gpus * hardware.flops_per_second
@@ -164,6 +185,9 @@ def make_plan(
         "selection": {name: {"flops": flops, "seconds": flops / server_speed} for name, flops in stages.items()},
         "oracle": oracle_costs(config, mean_sample_tokens(config, lengths), evaluated, train_flops, server_speed, rates)
         if "oracle_random" in stages
+        else None,
+        "clusters": selection_costs(config, len(lengths), hardware.server_cores)
+        if lengths is not None and "oracle_random" in stages and config.selection.method == "group"
         else None,
         "selection_share_of_training": refreshes * sum(stages.values()) / train_flops,
         "pool": None
@@ -195,13 +219,15 @@ def selection_flops(config: Config, lengths: np.ndarray | None, reference: Refer
         reference: tokens of one evaluation of the reference set.
     """
     per_token, sample = float(model_size(config).forward_flops_per_token), mean_sample_tokens(config, lengths)
-    tokens: dict[str, float] = {}
+    encoder_per_token = per_token if config.relational.encoder == "probe" else TEXT_ENCODER_FLOPS_PER_TOKEN
+    flops: dict[str, float] = {}
     if config.selection.method in ("group", "individual"):
         tokens = oracle_tokens(config, oracle_estimator(config), sample, reference.tokens)
-        tokens["candidates"] = config.oracle.num_candidates * sample
+        flops = {name: per_token * count for name, count in tokens.items()}
+        flops["candidates"] = encoder_per_token * config.oracle.num_candidates * sample
     if lengths is not None and config.selection.method != "random":
-        tokens["embeddings"] = len(lengths) * sample
-    return {name: per_token * count for name, count in tokens.items()}
+        flops["embeddings"] = encoder_per_token * len(lengths) * sample
+    return flops
 
 
 def format_plan(facts: dict[str, Any]) -> str:
@@ -234,6 +260,8 @@ def format_plan(facts: dict[str, Any]) -> str:
         lines += [
             f"  {name:<17} {stage['flops']:.3g} FLOPs, {_time(stage['seconds'])} per round" for name, stage in facts["selection"].items()
         ]
+    if facts["clusters"]:
+        lines += format_selection_costs(facts["clusters"], _time)
     if facts["oracle"]:
         lines += format_oracle_costs(facts["oracle"], _time)
     return "\n".join(lines)

@@ -13,6 +13,7 @@ import pytest
 from megatron_groupmates.cli.main import main
 from megatron_groupmates.cli.oracle_costs import ReferenceTokens
 from megatron_groupmates.cli.plan import Hardware, format_plan, make_plan, selection_flops
+from megatron_groupmates.cli.selection_costs import TEXT_ENCODER_FLOPS_PER_TOKEN
 from megatron_groupmates.config import UserError, dump_config
 from megatron_groupmates.model.sizes import model_size
 from megatron_groupmates.pool.index import PoolIndex
@@ -141,6 +142,37 @@ def test_each_method_costs_what_it_does() -> None:
     assert selection_flops(tiny_config(selection={"method": "individual"}, oracle=oracle), lengths, reference) == exact
     assert set(selection_flops(tiny_config(selection={"method": "similarity"}), lengths, reference)) == {"embeddings"}
     assert selection_flops(tiny_config(selection={"method": "random"}), lengths, reference) == {}
+
+
+def test_a_text_encoder_reads_what_the_model_does_not() -> None:
+    lengths, reference = np.full(100, 9), ReferenceTokens(examples=5, tokens=5 * 8.0, measured=True)
+    own = selection_flops(tiny_config(), lengths, reference)
+    other = selection_flops(tiny_config(relational={"encoder": "some/encoder"}), lengths, reference)
+    assert other["embeddings"] == TEXT_ENCODER_FLOPS_PER_TOKEN * 100 * 8 and other["oracle_random"] == own["oracle_random"]
+    assert other["candidates"] / other["embeddings"] == own["candidates"] / own["embeddings"]
+
+
+def test_clusters_of_a_pool_that_is_not_there_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    example = ["--config", str(EXAMPLES / "400m_4x.yaml"), "--no-data"]
+    assert run_plan(capsys, *example)["clusters"] is None
+    found, other = (run_plan(capsys, *example, "--pool-samples", "29500000", "--server-cores", cores)["clusters"] for cores in ("10", "40"))
+    assert (found["clusters"], found["dim"], found["cores"]) == (10007, 768, 10)
+    for name in ("centroids", "clusters", "group"):
+        assert found["stages"][name]["seconds"] == pytest.approx(4 * other["stages"][name]["seconds"])
+        assert found["stages"][name]["core_seconds"] == other["stages"][name]["core_seconds"]
+    assert found["stages"]["sorted"] == other["stages"]["sorted"], "which waits for one disk"
+    assert found["plain_choice"]["core_seconds"] > 5 * found["stages"]["group"]["core_seconds"]
+    assert found["bytes"]["embeddings"] == 29_500_000 * 768 * 2
+    assert main(["plan", *example, "--pool-samples", "29500000"]) == 0
+    table = capsys.readouterr().out
+    assert "clusters          10,007 of 768 dimensions; on 16 cores" in table and "84.4 GiB while a round selects" in table
+    individual = run_plan(capsys, *example, "--pool-samples", "1000", "--set", "selection.method=individual")
+    assert individual["clusters"] is None
+
+
+def test_a_pool_that_is_there_has_the_samples_it_has(run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "error: --pool-samples: the pool itself says how many samples it has" in refused(capsys, *run, "--pool-samples", "5")
+    assert run_plan(capsys, *run)["clusters"]["clusters"] == 1
 
 
 def test_the_table_says_it_for_people(run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
