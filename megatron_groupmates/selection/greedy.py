@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 _LARGEST_VALUE = 1e90
 _LONGEST_BLOCK = 512
-_CROWD_BATCH, _SHORTEST_SPAN, _LARGEST_CROWD = 128, 64, 1 << 27
-_COST_OF_BLOCK, _COST_OF_ONE, _COST_OF_PASS, _COST_OF_STEP = 8000.0, 4000.0, 6.0, 1500.0
-_COST_IN_CROWD, _COST_OF_CROWD, _COST_TO_START = 0.4, 170.0, 1e5
+_CROWD_BATCH, _SHORTEST_SPAN, _LARGEST_CROWD = 128, 256, 1 << 27
+_COST_OF_BLOCK, _COST_OF_PAIR, _COST_OF_ONE, _COST_OF_PASS, _COST_OF_STEP = 2000.0, 0.1, 1000.0, 2.0, 300.0
+_COST_IN_CROWD, _COST_OF_CROWD, _COST_TO_START = 0.15, 8.0, 2e4
 
 Batch = tuple[np.ndarray, np.ndarray]
 """Indices int64 and scores float64, in order of choice."""
@@ -131,7 +131,7 @@ class _Greedy:
 
     def _count(self, steps: Steps) -> None:
         if steps.end is not End.DONE:
-            cost = (_COST_OF_BLOCK + steps.size**2 if steps.size else _COST_OF_ONE) - len(steps.indices) * (
+            cost = (_COST_OF_BLOCK + _COST_OF_PAIR * steps.size**2 if steps.size else _COST_OF_ONE) - len(steps.indices) * (
                 _COST_OF_STEP + _COST_IN_CROWD * self.state.num_left
             )
             if not len(steps.indices):
@@ -142,9 +142,7 @@ class _Greedy:
 
     def _prefers_crowd(self) -> bool:
         """Whether blocks have cost so much too much that starting to follow the crowd would have been worth it."""
-        if not self.crowd_suits or self.regret <= (
-            2 * _COST_OF_BLOCK if self.crowd else _COST_TO_START + _COST_OF_CROWD * self.state.num_left
-        ):
+        if not self.crowd_suits or self.regret <= (_COST_OF_BLOCK if self.crowd else _COST_TO_START + _COST_OF_CROWD * self.state.num_left):
             return False
         if self.crowd is None:
             # Here, for it loads torch, which takes longer than most selections, and most do without.

@@ -9,6 +9,9 @@ import numpy as np
 
 from megatron_groupmates.selection.greedy_state import Fence, GreedyState
 
+_SHORTEST_SEGMENT, _LONGEST_SEGMENT = 16, 64
+_LARGEST_NORM = 1e18
+
 
 class End(enum.Enum):
     """Why a block took no further sample."""
@@ -16,7 +19,6 @@ class End(enum.Enum):
     DONE = "as many as asked for, or all there are"
     THRESHOLD = "a sample outside may be better"
     REACH = "the mean went too far for the fence"
-    CORRECTED = "the exact scores decided otherwise than proposed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,26 +45,65 @@ class Block:
 
     Times the number of taken samples t, a score is ``t * fixed + weight * (h . total)``, and taking a sample p adds
     ``fixed + weight * (h . h(p))`` to it: one row of a matrix. So a step is one addition and one search for the minimum.
-    These scores are rounded unlike the exact ones. They propose the steps; then the exact scores of all proposed
+    These scores are rounded unlike the exact ones. They propose a few steps; then the exact scores of all proposed
     samples are computed at once, and a step stands if no other candidate comes within rounding of its sample (else the
     rivals' exact scores decide) and no sample outside the block can have a lower score.
+
+    Attributes:
+        scores: float64 ``[k]``, kept scores times t; infinite for taken samples.
+        blur: what rounding of the inner products adds to the error of a kept score with each step.
     """
 
     def __init__(self, state: GreedyState, candidates: np.ndarray, rows: np.ndarray) -> None:
-        """Candidates int64 ``[k]``, available and in ascending order, with their float64 embeddings ``[k, d]``."""
-        self.state, self.candidates, self.rows = state, candidates, rows
+        """Candidates int64 ``[k]``, available and in ascending order, with their embeddings ``[k, d]`` in the dtype of fast products."""
+        self.state, self.candidates = state, candidates
         self.individual = state.individual[candidates]
         self.fixed, self.weight = state.fixed[candidates], state.weight[candidates]
         self.rounding = float(state.rounding[candidates].max())
+        largest = float(state.norms[candidates].max())
+        if largest > _LARGEST_NORM:
+            rows = rows.astype(np.float64)
+        unit, terms = np.finfo(rows.dtype), rows.shape[1] + 4
+        steepest, heaviest = float(state.slope[candidates].max()), float(np.abs(self.weight).max())
+        self.blur = terms * (1.001 * float(unit.eps) * steepest * largest + float(unit.tiny) * heaviest)
+        # A step goes from row to row: that of the sample taken, for all candidates.
+        self.increments = (rows @ rows.T).astype(np.float64)
+        self.increments *= self.weight
+        self.increments += self.fixed
+        self.own = self.increments.diagonal().copy()
+        np.fill_diagonal(self.increments, np.inf)
+        self.scores = state.num_taken * self.fixed + self.weight * np.vecdot(rows, state.total)
+        self.num_steps = 0
+        copies = [state.num_copies(candidate) for candidate in candidates.tolist()] if state.copies else []
+        self.copied = [position for position, count in enumerate(copies) if count > 1]
+        self.num_available = sum(copies) if copies else len(candidates)
 
     def run(self, most: int, fence: Fence) -> Steps:
         """Take samples for as long as the fence holds, ``most`` at most."""
+        indices, scores, drift = [np.empty(0, np.int64)], [np.empty(0)], 0.0
+        most, segment = min(most, self.num_available), _SHORTEST_SEGMENT
+        end = End.DONE
+        while end is End.DONE and self.num_steps < most:
+            positions, found, moved, totals, end = self._segment(min(segment, most - self.num_steps), fence)
+            if positions:
+                drift = moved
+                scores.append(found)
+                indices.append(self._accept(positions, totals))
+            segment = min(2 * segment, _LONGEST_SEGMENT)
+        return Steps(np.concatenate(indices), np.concatenate(scores), drift, end, len(self.candidates))
+
+    def _segment(self, most: int, fence: Fence) -> tuple[list[int], np.ndarray, float, np.ndarray, End]:
+        """Positions of the next steps and their exact scores; the last drift, totals before each step, and why it ended."""
         state = self.state
-        most = min(most, sum(map(state.num_copies, self.candidates.tolist())) if state.copies else len(self.candidates))
-        proposed, history, totals = self._propose(most, fence.threshold)
+        proposed, history = self._propose(most, fence.threshold)
+        rows = state.wide(self.candidates[proposed])
+        totals = np.empty((len(proposed) + 1, len(state.total)))
+        totals[0] = state.total
+        for before, row, after in zip(totals[:-1], rows, totals[1:], strict=True):
+            np.add(before, row, out=after)
         counts = np.arange(state.num_taken, state.num_taken + len(proposed))
         means = totals[:-1] / counts[:, None]
-        scores = state.exact(self.rows[proposed], self.individual[proposed], means)
+        scores = state.exact(rows, self.individual[proposed], means)
         moved = means - fence.mean
         drifts = np.sqrt(np.vecdot(moved, moved)) * (1 + 1e-9)
         valid, end = len(proposed), End.DONE if len(proposed) == most else End.THRESHOLD
@@ -71,52 +112,45 @@ class Block:
             valid = int(holds.argmin())
             end = End.THRESHOLD if drifts[valid] <= fence.reach else End.REACH
         # Twice: the rounding of the proposal's scores, and of the exact ones.
-        limits = (scores + 2 * self.rounding) * counts
+        limits = (scores + 2 * self.rounding) * counts + np.arange(self.num_steps, self.num_steps + len(proposed)) * self.blur
         contested = np.count_nonzero(history[:valid] <= limits[:valid, None], axis=1) > 1
         for step in np.flatnonzero(contested).tolist():
             position, score = self._decide(np.flatnonzero(history[step] <= limits[step]), means[step], proposed[:step])
             if position != proposed[step]:
+                # The steps proposed after it are void, and proposed anew.
                 proposed[step], scores[step] = position, score
-                valid, end = step + 1, End.CORRECTED
+                valid, end = step + 1, End.DONE
                 break
-        return self._accept(proposed[:valid], scores[:valid], totals, float(drifts[valid - 1]) if valid else 0.0, end)
+        if valid:
+            self.scores = history[valid - 1]
+        return proposed[:valid], scores[:valid], float(drifts[valid - 1]) if valid else 0.0, totals, end
 
-    def _propose(self, most: int, threshold: float) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """Positions, candidates' scores times t before each step ``[steps, k]``, totals ``[steps + 1, d]``."""
+    def _propose(self, most: int, threshold: float) -> tuple[list[int], np.ndarray]:
+        """Positions, and the kept scores before each step ``[steps, k]``."""
         state = self.state
-        increments = self.rows @ self.rows.T
-        increments *= self.weight
-        increments += self.fixed
-        own = increments.diagonal().copy()
-        np.fill_diagonal(increments, np.inf)
         spare = {}
-        if state.copies:
-            copies = [state.num_copies(candidate) for candidate in self.candidates.tolist()]
-            spare = {position: count for position, count in enumerate(copies) if count > 1}
-            for position in spare:
-                increments[position, position] = own[position]
-        history, totals = np.empty((most + 1, len(self.candidates))), np.empty((most + 1, self.rows.shape[1]))
-        history[0] = state.num_taken * self.fixed + self.weight * (self.rows @ state.total)
-        totals[0] = state.total
+        for position in self.copied:
+            spare[position] = state.num_copies(int(self.candidates[position])) * bool(state.available[self.candidates[position]])
+            self.increments[position, position] = self.own[position] if spare[position] > 1 else np.inf
+        history = np.empty((most + 1, len(self.candidates)))
+        history[0] = self.scores
         proposed: list[int] = []
-        scores, total, added, rows = list(history), list(totals), list(increments), list(self.rows)
         for step in range(most):
-            now = scores[step]
+            now = history[step]
             position = int(now.argmin())
             if now[position] > threshold * (state.num_taken + step):
                 break
             proposed.append(position)
-            np.add(now, added[position], out=scores[step + 1])
-            np.add(total[step], rows[position], out=total[step + 1])
+            np.add(now, self.increments[position], out=history[step + 1])
             if position in spare:
                 spare[position] -= 1
                 if spare[position] == 1:
-                    increments[position, position] = np.inf
-        return proposed, history[: len(proposed)], totals[: len(proposed) + 1]
+                    self.increments[position, position] = np.inf
+        return proposed, history[: len(proposed)]
 
     def _decide(self, rivals: np.ndarray, mean: np.ndarray, before: list[int]) -> tuple[int, float]:
         """Position and exact score of the best of the rivals after the steps ``before``."""
-        scores = self.state.exact(self.rows[rivals], self.individual[rivals], mean)
+        scores = self.state.exact(self.state.wide(self.candidates[rivals]), self.individual[rivals], mean)
         best = rivals[scores == scores.min()].tolist()
         return min(best, key=lambda position: self._index_of(position, before.count(position))), float(scores.min())
 
@@ -126,16 +160,20 @@ class Block:
         copies = self.state.copies.get(candidate)
         return copies[-1 - times] if copies else candidate
 
-    def _accept(self, positions: list[int], scores: np.ndarray, totals: np.ndarray, drift: float, end: End) -> Steps:
-        state = self.state
-        if positions:
-            # The last step may have been decided otherwise than proposed.
-            state.total = totals[len(positions) - 1] + self.rows[positions[-1]]
-            state.num_taken += len(positions)
+    def _accept(self, positions: list[int], totals: np.ndarray) -> np.ndarray:
+        """Take the samples at these positions, given the kept scores before the last of them; return their indices."""
+        state, last = self.state, positions[-1]
         candidates = self.candidates[positions]
+        # The last step may have been decided otherwise than proposed.
+        state.total = totals[len(positions) - 1] + state.embeddings[candidates[-1]]
+        state.num_taken += len(positions)
+        self.num_steps += len(positions)
         if state.copies:
             indices = np.array([state.take(candidate) for candidate in candidates.tolist()], np.int64)
         else:
             state.available[candidates] = False
             indices = candidates
-        return Steps(indices, scores, drift, end, len(self.candidates))
+        again = self.scores[last] + self.own[last]
+        self.scores = self.scores + self.increments[last]
+        self.scores[last] = again if state.available[candidates[-1]] else np.inf
+        return indices

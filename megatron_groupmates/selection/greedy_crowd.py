@@ -9,9 +9,10 @@ from megatron_groupmates.parallel.device import has_fast_bfloat16
 from megatron_groupmates.selection.greedy_state import GreedyState, length
 
 _AT_A_TIME = 32
-_KEPT_PRODUCTS = 1 << 24
+_KEPT_PRODUCTS = 1 << 22
+_FEW = 16
 _FEWEST_STEPS, _MOST_STEPS, _MOST_RECHECKED = 8, 512, 500
-_WORTH_LEAVING_OUT = 0.8
+_WORTH_LEAVING_OUT = 0.7
 _CHUNK = 256
 _SMALLEST_SCALE, _LARGEST_SCALE = 1e-9, 1e12
 
@@ -30,9 +31,11 @@ class Crowd:
         self.state = state
         self.candidates = np.flatnonzero(state.available)
         self._copy_rows()
-        size = len(self.candidates)
+        size, dim = len(self.candidates), state.embeddings.shape[1]
         capacity = min(max(_KEPT_PRODUCTS // size, 2 * _AT_A_TIME), size)
-        self.products = torch.empty((capacity, size), dtype=self.dtype)
+        # Of candidates likely to be taken: by how much taking them changes all scores, their embeddings less centre, and
+        # what is lost of those.
+        self.increments, self.parts = np.empty((capacity, size)), np.empty((capacity, 2, dim))
         self.num_taken, self.steps, self.rechecked = -1, 0, 0
         self.fewest_steps = _FEWEST_STEPS
         self.candidate_of = np.full(capacity, -1)
@@ -49,20 +52,20 @@ class Crowd:
         for start in range(0, len(self.candidates), _CHUNK):
             centre += state.embeddings[self.candidates[start : start + _CHUNK]].sum(axis=0, dtype=state.fast)
         self.centre = (centre / len(self.candidates)).astype(state.fast).astype(np.float64)
-        parts, norms, losses, centred, keys = [], [], [], [], []
+        copies, norms, losses, centred, keys = [], [], [], [], []
         probe = np.random.default_rng(0).standard_normal(dim)
         for start in range(0, len(self.candidates), _CHUNK):
             rows = state.embeddings[self.candidates[start : start + _CHUNK]].astype(state.fast, copy=False)
             exact = torch.from_numpy((rows - self.centre.astype(state.fast)).astype(np.float32))
             rounded = exact.to(self.dtype)
             lost = (exact - rounded.float()).numpy()
-            parts.append(rounded)
+            copies.append(rounded)
             norms.append(np.sqrt(np.vecdot(exact.numpy(), exact.numpy()).astype(np.float64)))
             losses.append(np.sqrt(np.vecdot(lost, lost).astype(np.float64)))
             wide = rows.astype(np.float64)
             centred.append(wide @ self.centre)
             keys.append(np.vecdot(wide, probe))
-        self.rows = torch.cat(parts)
+        self.rows = torch.cat(copies)
         self.same = self._same_embedding(np.concatenate(keys))
         self.norms = np.concatenate(norms) * 1.001
         largest = float(self.norms.max())
@@ -74,6 +77,7 @@ class Crowd:
         self.slope = np.abs(self.weight) * self.norms
         self.largest_slope = float(self.slope.max())
         self.step = state.fixed[self.candidates] + self.weight * np.concatenate(centred)
+        self.lowering = np.copysign(self.product_rounding, self.weight).astype(np.float32)
         self.rounding = float(state.rounding[self.candidates].max())
 
     def _same_embedding(self, keys: np.ndarray) -> np.ndarray:
@@ -122,20 +126,24 @@ class Crowd:
         row = state.embeddings[candidate].astype(np.float64)
         score = float(state.exact(row, state.individual[candidate], mean))
         limit = (score + 2 * self.rounding) * state.num_taken
-        near = self.scores <= limit + self.error * self.largest_slope
-        if np.count_nonzero(near) <= 1:
+        rivals = np.flatnonzero(self.scores <= limit + self.error * self.largest_slope)
+        if len(rivals) <= 1:
             return leader, score
-        rivals = np.flatnonzero(near)
-        rivals = rivals[self.scores[rivals] - self.error * self.slope[rivals] <= limit]
+        if len(rivals) > 2:
+            rivals = rivals[self.scores[rivals] - self.error * self.slope[rivals] <= limit]
         exact = self._exact(rivals, mean)
         best = rivals[exact == exact.min()].tolist()
         return min(best, key=lambda position: state.index_of(int(self.candidates[position]))), float(exact.min())
 
     def _exact(self, positions: np.ndarray, mean: np.ndarray) -> np.ndarray:
-        state, distinct, inverse = self.state, *np.unique(self.same[positions], return_inverse=True)
+        state, candidates = self.state, self.candidates[positions]
+        if len(positions) <= _FEW:
+            self.rechecked += len(positions)
+            return state.exact(state.wide(candidates), state.individual[candidates], mean)
+        distinct, inverse = np.unique(self.same[positions], return_inverse=True)
         self.rechecked += len(distinct)
         similarity = np.vecdot(state.wide(self.candidates[distinct]), mean)[inverse]
-        return state.relation.scores(state.individual[self.candidates[positions]], similarity)
+        return state.relation.scores(state.individual[candidates], similarity)
 
     def _anchor(self) -> None:
         """Score all candidates anew, so that errors do not pile up."""
@@ -171,10 +179,13 @@ class Crowd:
         # Equal embeddings are told by the first position of theirs that is left.
         _, firsts, groups = np.unique(self.same[left], return_index=True, return_inverse=True)
         self.same = firsts[groups]
-        for name in ("candidates", "weight", "slope", "step", "norms", "row_of"):
+        for name in ("candidates", "weight", "slope", "lowering", "step", "norms", "row_of"):
             setattr(self, name, getattr(self, name)[left])
-        kept = torch.from_numpy(left)
-        self.rows, self.products = self.rows[kept], self.products[:, kept]
+        self.rows = self.rows[torch.from_numpy(left)]
+        increments = np.empty((len(self.increments), len(left)))
+        for row in np.flatnonzero(self.candidate_of >= 0).tolist():
+            np.take(self.increments[row], left, out=increments[row])
+        self.increments = increments
         positions = np.flatnonzero(self.row_of >= 0)
         self.candidate_of[self.row_of[positions]] = positions
 
@@ -182,19 +193,10 @@ class Crowd:
         """Change the scores by the increments of a sample just taken."""
         self.num_taken += 1
         self.steps += 1
-        taken = self.state.embeddings[self.candidates[position]] - self.centre
-        self.sums[0] += taken
-        self.sums[1] += taken - self.rows[position].double().numpy()
+        self.sums += self.parts[row]
         self.linear += self.dot_rounding * float(self.norms[position])
         self._bound_error()
-        change = self.products[row].double().numpy()
-        if self.product_rounding:
-            # Rounded the way that makes the score lower.
-            change -= np.abs(change) * np.copysign(self.product_rounding, self.weight)
-        change += taken @ self.centre
-        change *= self.weight
-        self.scores += change
-        self.scores += self.step
+        self.scores += self.increments[row]
 
     def _bound_error(self) -> None:
         """How far a score may be below the kept one, per unit of slope."""
@@ -216,5 +218,22 @@ class Crowd:
             free = np.append(free, worst)
         free = free[: len(chosen)]
         self.row_of[chosen], self.candidate_of[free] = free, chosen
-        rows = self.rows[torch.from_numpy(chosen)]
-        self.products[torch.from_numpy(free)] = rows @ self.rows.T
+        self._keep(chosen, free)
+
+    def _keep(self, chosen: np.ndarray, free: np.ndarray) -> None:
+        """Compute what taking the chosen candidates would change, and keep it in the free rows."""
+        copies = self.rows[torch.from_numpy(chosen)]
+        rows = self.state.embeddings[self.candidates[chosen]] - self.centre
+        self.parts[free, 0] = rows
+        self.parts[free, 1] = rows - copies.double().numpy()
+        products = (copies @ self.rows.T).float().numpy()
+        if self.product_rounding:
+            # Rounded the way that makes the score lower; exact, for these have few bits.
+            products -= np.abs(products) * self.lowering
+        centred = (rows @ self.centre).tolist()
+        for row, product, shift in zip(free.tolist(), products, centred, strict=True):
+            change = self.increments[row]
+            change[:] = product
+            change += shift
+            change *= self.weight
+            change += self.step

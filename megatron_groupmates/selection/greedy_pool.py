@@ -49,7 +49,7 @@ class Pool:
         candidates, threshold = self._choose(mean)
         fence = Fence(mean, min(self._block_reach(), self.fence.reach - moved), min(threshold, self.fence.threshold))
         reach = self._block_reach()
-        steps = Block(self.state, candidates, self.state.wide(candidates)).run(most, fence)
+        steps = Block(self.state, candidates, self.rows[np.searchsorted(self.candidates, candidates)]).run(most, fence)
         self._learn(steps, moved, fence, reach)
         if len(steps.indices):
             return steps
