@@ -62,7 +62,8 @@ def dense_targets(
     held_out = np.unique(held_out_rollouts)
     kept = np.setdiff1d(np.arange(len(labels)), held_out)
     # A rollout of length one has a first position only.
-    targets = slope * (labels[kept] - mean) / standardiser.std[0]
+    offset = float(rollout_labels[:, 0].mean()) - standardiser.mean[0]
+    targets = (slope * (labels[kept] - mean) + offset) / standardiser.std[0]
     return DenseTargets(numbers=kept, targets=targets.astype(np.float32), slope=slope, held_out=held_out, held_out_labels=labels[held_out])
 
 

@@ -12,6 +12,11 @@ _WINDOW = 256
 _ROWS = 2048
 
 
+def most_diverse(num_candidates: int, num_steps: int, max_uses: int = 5) -> int:
+    """Rollouts of one direction that :func:`diverse_bootstrap` makes at most of so many candidates."""
+    return min(num_candidates, max(0, num_candidates - num_steps) * max_uses // num_steps)
+
+
 def diverse_bootstrap(
     embeddings: np.ndarray,
     individual: np.ndarray,
@@ -55,8 +60,8 @@ def diverse_bootstrap(
     num_candidates = len(individual)
     if max_uses < 1:
         raise UserError(f"max_uses is {max_uses}; a sample must be allowed in at least 1 rollout")
-    needed = max(count, -(-count * num_steps // max_uses) + num_steps)
-    if num_candidates < needed:
+    if count > most_diverse(num_candidates, num_steps, max_uses):
+        needed = max(count, -(-count * num_steps // max_uses) + num_steps)
         raise UserError(
             f"{count} diverse rollouts of {num_steps} samples, each in at most {max_uses}, need {needed} "
             f"candidates but there are {num_candidates}; give more candidates or fewer rollouts"

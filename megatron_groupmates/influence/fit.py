@@ -103,7 +103,7 @@ def fit_relational(
         attempts.append({"seed": attempt_seed, "start": "scratch" if start is None else "warm", **fitted.to_json(), "sign_check": check})
         if start is not None:
             warm_report = runner.compare(data, fitted, attempt_seed, start)
-        accepted = check["correlation"] >= 0
+        accepted = bool(np.isfinite(fitted.spearman)) and check["correlation"] >= 0
         if accepted:
             break
         logger.warning(

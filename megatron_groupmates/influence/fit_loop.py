@@ -31,7 +31,7 @@ class Trained:
         best_epoch: from 1; 0: a warm start that no epoch bettered.
         curve: held-out Spearman after each epoch.
         before: held-out Spearman before any step.
-        spearman: held-out Spearman of the model.
+        spearman: held-out Spearman of the model; minus infinity where training diverged from the first epoch on.
         stopped: ``epochs``, or ``patience`` where the best of them lay too far back.
         predictions: float32 ``[h, T]`` for the held-out rollouts.
         individual: float32 ``[h, T]``, the individual term of their samples.
@@ -92,11 +92,11 @@ class Fit:
         """From the training rollouts' samples; of a warm start too, whose checkpoint had features on another scale."""
         if self.model.projection is None:
             return
-        if self.source.parameters():
-            numbers = torch.unique(self.data.rollouts)[:_STATISTICS_SAMPLES]
-            self.model.set_feature_statistics(encode_all(self.source, numbers, self.group))
-        else:
-            self.model.set_feature_statistics(self.source(self.data.rollouts))
+        # Of evenly spread ones where there are very many: the features of all rollouts would be the largest thing in memory.
+        numbers = self.data.rollouts.flatten()
+        count = min(len(numbers), _STATISTICS_SAMPLES)
+        numbers = numbers[torch.linspace(0, len(numbers) - 1, count, dtype=torch.float64).long()]
+        self.model.set_feature_statistics(encode_all(self.source, numbers, self.group))
 
     def train(self, progress: Callable[[int], None] | None) -> Trained:
         """Optimise until the last epoch or until patience ends; the best epoch by held-out Spearman stays, or a better warm start.
@@ -115,8 +115,9 @@ class Fit:
         curve: list[float] = []
         while len(curve) < settings.epochs and len(curve) - best_epoch < settings.patience:
             self._epoch(optimizer, schedule)
-            curve.append(self._held_out_spearman())
-            if curve[-1] > best:
+            finite = self._is_finite()
+            curve.append(self._held_out_spearman() if finite else -1.0)
+            if finite and curve[-1] > best:
                 best_epoch, best, state = len(curve), curve[-1], self._state()
             if progress is not None:
                 progress(1)
@@ -135,6 +136,10 @@ class Fit:
             individual=self._individual(features),
             dense_individual=self._dense_individual(),
         )
+
+    def _is_finite(self) -> bool:
+        """Whether training has not diverged; the ranks have the same weights, but decide as the first does."""
+        return bool(agree(float(all(bool(value.isfinite().all()) for value in self._parameters())), self.group))
 
     def _parameters(self) -> list[nn.Parameter]:
         return [*self.model.parameters(), *self.source.parameters()]

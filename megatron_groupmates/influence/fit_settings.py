@@ -55,8 +55,8 @@ class FitSettings:
 
     @property
     def patience(self) -> int:
-        """Epochs without a better held-out Spearman after which a fit stops: a third of all, at least 3.
+        """Epochs without a better held-out Spearman after which a fit stops: a third of all, at least 5.
 
         The learning rate decays over all epochs all the same, so a fit that goes on is not changed by the rule.
         """
-        return max(3, math.ceil(self.epochs / 3))
+        return max(5, math.ceil(self.epochs / 3))

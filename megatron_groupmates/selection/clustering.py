@@ -65,6 +65,7 @@ def train_centroids(
     seed: int,
     num_iterations: int = 100,
     train_samples_per_cluster: int = TRAIN_SAMPLES_PER_CLUSTER,
+    num_threads: int | None = None,
 ) -> np.ndarray:
     """Centroids float32 ``[C, d]`` of unit length, trained on a sample of the rows of ``store``, on a GPU where faiss finds one.
 
@@ -74,6 +75,7 @@ def train_centroids(
         seed: decides the training sample and the first centroids.
         num_iterations: of k-means.
         train_samples_per_cluster: rows used for training, for each cluster: what is held in memory, as float32.
+        num_threads: on a CPU; as many as OpenMP would take when None. The result does not depend on it but for rounding.
 
     Raises:
         UserError: faiss is not installed, no samples, or no clusters asked for.
@@ -98,7 +100,13 @@ def train_centroids(
         max_points_per_centroid=len(sample),
         gpu=hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0,
     )
-    kmeans.train(sample)
+    threads = faiss.omp_get_max_threads()
+    # Launchers set one thread for each of a host's processes; the others wait for this one.
+    faiss.omp_set_num_threads(num_threads or threads)
+    try:
+        kmeans.train(sample)
+    finally:
+        faiss.omp_set_num_threads(threads)
     return np.ascontiguousarray(kmeans.centroids, np.float32)
 
 

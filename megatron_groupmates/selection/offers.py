@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -118,12 +119,21 @@ _opened: tuple[Any, Any] | None = None
 def _start(directory: str, relation: dict[str, Any]) -> None:
     """Open the store in a process of the pool."""
     global _opened
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # Before NumPy is imported: as many processes as cores leave each one thread.
     os.environ.update(dict.fromkeys(_THREADS, "1"))
     from megatron_groupmates.influence.relation import Relation
     from megatron_groupmates.selection.store import ClusterStore
 
     _opened = ClusterStore.open(directory), Relation(**relation)
+
+
+def _end_with_parent() -> None:
+    """A process of the pool whose parent was killed would wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _answer(task: Task) -> Offered:

@@ -37,7 +37,8 @@ def pool_detokeniser(pool: PoolIndex) -> Callable[[list[int]], str]:
 
 
 def trained_encoder(context: RoundContext, encoder: Encoder, model: RelationalModel) -> Encoder:
-    """The encoder whose features ``model`` reads: the one that was trained with it, or else ``encoder``."""
+    """The encoder whose features ``model`` reads: the one that was trained with it, or else ``encoder``. Collective."""
     if model.encoder_directory is None:
         return encoder
-    return HuggingFaceEncoder.load(model.encoder_directory, pool_detokeniser(context.pool), context.groups.device)
+    directory = model.encoder_directory
+    return context.together(lambda: HuggingFaceEncoder.load(directory, pool_detokeniser(context.pool), context.groups.device))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -82,15 +84,10 @@ def fit_model(
                 individual=dense,
                 warm_start=candidates.warm_start,
             )
-            if context.groups.is_main:
-                directory.mkdir(parents=True, exist_ok=True)
-                if result.model is not None:
-                    result.model.save(directory, source.encoder.save if isinstance(source, TrainedFeatures) else None)
-                write_json(directory / "report.json", result.report)
+            context.on_main(lambda: _keep(directory, result, source))
             set_weights(source, weights)
-        context.groups.barrier()
     report = read_json(directory / "report.json")
-    return (RelationalModel.load(directory) if report["accepted"] else None), report
+    return (context.together(lambda: RelationalModel.load(directory)) if report["accepted"] else None), report
 
 
 def fit_flops(context: RoundContext, candidates: Candidates, rollouts: np.ndarray) -> float:
@@ -102,6 +99,15 @@ def fit_flops(context: RoundContext, candidates: Candidates, rollouts: np.ndarra
         tokens = np.minimum(context.pool.lengths[candidates.rows], context.config.relational.encoder_max_tokens).mean()
         sample += 6.0 * weights * float(tokens)
     return rollouts.size * settings.epochs * sample
+
+
+def _keep(directory: Path, result: FitResult, source: FeatureSource) -> None:
+    """Write a fit, its report last: without one, what lies there is left of a killed run."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    if result.model is not None:
+        result.model.save(directory, source.encoder.save if isinstance(source, TrainedFeatures) else None)
+    write_json(directory / "report.json", result.report)
 
 
 def last_good_model(context: RoundContext) -> tuple[RelationalModel, int] | None:

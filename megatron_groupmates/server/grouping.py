@@ -8,8 +8,10 @@ import socket
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
+from megatron_groupmates.config import UserError
 from megatron_groupmates.influence.relation import Relation
 from megatron_groupmates.parallel import ParallelGroups
 from megatron_groupmates.selection.assignment import Assigner
@@ -34,8 +36,11 @@ def cluster_pool(context: RoundContext, store: Store) -> ClusterStore:
 
     def train() -> Arrays:
         iterations = recipe.kmeans_iterations
-        return {"centroids": train_centroids(store, recipe.num_clusters, seed=context.seed("selection"), num_iterations=iterations)}
+        seed, cores = context.seed("selection"), len(os.sched_getaffinity(0))
+        return {"centroids": train_centroids(store, recipe.num_clusters, seed=seed, num_iterations=iterations, num_threads=cores)}
 
+    if context.groups.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the embedding used of every GPU, which faiss trains on
     context.stage("centroids", train)
     centroids = context.arrays("centroids")["centroids"]
     chunks = Chunks(context, "clusters", store.num_rows, _chunk_size(store.num_rows, context.groups.data_size, _ASSIGN_ROWS))
@@ -55,7 +60,7 @@ def cluster_pool(context: RoundContext, store: Store) -> ClusterStore:
         return {"offsets": sort_by_cluster(store, context.arrays("clusters")["labels"], directory).offsets}
 
     context.stage(SORTED, sort)
-    return ClusterStore.open(directory)
+    return context.together(lambda: ClusterStore.open(directory))
 
 
 @contextlib.contextmanager
@@ -64,10 +69,9 @@ def group_selection(context: RoundContext, store: ClusterStore, lengths: np.ndar
 
     Ranks share the clusters by chunks, and each rank its chunk among as many processes as it has cores.
     """
-    size = _chunk_size(store.num_clusters, context.groups.data_size, _MOST_CLUSTERS_AT_ONCE)
 
     def run(name: str, total: int, compute: Callable[[int, int, Callable[[int], object]], Arrays]) -> Arrays:
-        chunks = Chunks(context, name, total, size, RAGGED)
+        chunks = Chunks(context, name, total, _chunk_size(total, context.groups.data_size, _MOST_CLUSTERS_AT_ONCE), RAGGED)
         context.stage(name, chunks.collect, lambda: chunks.work(once(context, compute), "cluster"))
         return context.arrays(name)
 
@@ -79,8 +83,28 @@ def group_selection(context: RoundContext, store: ClusterStore, lengths: np.ndar
 def once(
     context: RoundContext, compute: Callable[[int, int, Callable[[int], object]], Arrays]
 ) -> Callable[[int, int, Callable[[int], object]], Arrays]:
-    """``compute`` for :class:`Chunks` where no model is at work: on the one rank of a tensor-parallel group whose result is kept."""
-    return lambda first, stop, done: compute(first, stop, done) if context.groups.tensor_rank == 0 else {}
+    """``compute`` for :class:`Chunks` where no model is at work: on the one rank of a tensor-parallel group whose result is kept.
+
+    Its UserError is raised on the others of the group too, which would else wait for the next chunk for ever.
+    """
+    groups = context.groups
+
+    def compute_once(first: int, stop: int, done: Callable[[int], object]) -> Arrays:
+        arrays: Arrays = {}
+        problem: UserError | None = None
+        if groups.tensor_rank == 0:
+            try:
+                arrays = compute(first, stop, done)
+            except UserError as error:
+                problem = error
+        message = [None if problem is None else str(problem)]
+        if groups.tensor_size > 1:
+            dist.broadcast_object_list(message, src=groups.get_tensor_model_parallel_src_rank(), group=groups.tensor_group)
+        if message[0] is not None:
+            raise UserError(message[0]) from problem
+        return arrays
+
+    return compute_once
 
 
 def _cores(groups: ParallelGroups) -> int:

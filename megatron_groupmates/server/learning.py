@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_groupmates.config import UserError, oracle_estimator
 from megatron_groupmates.influence.bootstrap import bootstrap_coverage
+from megatron_groupmates.influence.diverse import most_diverse
 from megatron_groupmates.influence.encoder import Encoder
 from megatron_groupmates.influence.probe import Probe
 from megatron_groupmates.influence.relational import RelationalModel
@@ -54,9 +55,7 @@ def learn_influence(
     model, init_report = fit_model(context, "init", candidates, rollouts, losses, oracle.dense)
     reports = {"init": init_report}
 
-    wanted = context.config.oracle.num_bootstrap_rollouts
-    if context.config.oracle.budget == "adaptive":
-        wanted = min(wanted, num_random)
+    wanted = _wanted_bootstrap(context, num_random, len(rows))
     if model is not None and wanted:
         bootstrap = draw_bootstrap(context, model, candidates.features(context, model), wanted)
         name = oracle.rollout_stage("oracle_bootstrap")
@@ -76,7 +75,26 @@ def learn_influence(
     final, reports["final"] = fit_model(context, "final", candidates, rollouts, losses, oracle.dense)
     if final is not None:
         return final, reports
-    return _last_good_model(context, model, reports)
+    return _last_good_model(context, model, candidates.source.feature_dim, reports)
+
+
+def _wanted_bootstrap(context: RoundContext, num_random: int, num_candidates: int) -> int:
+    """Bootstrap rollouts to draw: as many as asked for, no more than random ones of an adaptive budget, and than are possible."""
+    wanted = context.config.oracle.num_bootstrap_rollouts
+    if context.config.oracle.budget == "adaptive":
+        wanted = min(wanted, num_random)
+    if context.recipe.bootstrap == "diverse":
+        possible = 2 * most_diverse(num_candidates, context.config.oracle.rollout_length)
+        if possible < wanted:
+            logger.warning(
+                "round %d: %d candidates make %d diverse bootstrap rollouts, not the %d of oracle.num_bootstrap_rollouts",
+                context.input.number,
+                num_candidates,
+                possible,
+                wanted,
+            )
+            wanted = possible
+    return wanted
 
 
 def _keep(context: RoundContext, facts: dict[str, Any]) -> None:
@@ -87,12 +105,12 @@ def _keep(context: RoundContext, facts: dict[str, Any]) -> None:
 
 
 def _last_good_model(
-    context: RoundContext, init: RelationalModel | None, reports: dict[str, Any]
+    context: RoundContext, init: RelationalModel | None, feature_dim: int, reports: dict[str, Any]
 ) -> tuple[RelationalModel, dict[str, Any]]:
     """In place of a refused ``final`` model: this round's ``init`` if that one is good, else the newest one of an earlier round."""
     if init is not None:
         model, directory = init, context.directory / "init"
-    elif (earlier := last_good_model(context)) is not None:
+    elif (earlier := last_good_model(context)) is not None and earlier[0].feature_dim == feature_dim:
         model, directory = earlier[0], context.paths.round(earlier[1]) / "final"
     else:
         raise UserError(

@@ -137,10 +137,10 @@ def _publish(context: RoundContext) -> int:
 def _free_disk(context: RoundContext) -> None:
     """Remove what no round reads again: pools sorted by cluster, and the embeddings of all rounds but this one.
 
-    Both are as large as all embeddings, tens of gigabytes for tens of millions of samples.
+    Both are as large as all embeddings, tens of gigabytes for tens of millions of samples. Of rounds that were moved
+    aside or killed too, and what a kill left half written.
     """
-    for number in range(1, context.input.number + 1):
-        directory = context.paths.round(number)
-        shutil.rmtree(directory / SORTED, ignore_errors=True)
-        if number < context.input.number:
-            shutil.rmtree(directory / EMBEDDINGS, ignore_errors=True)
+    for directory in context.directory.parent.glob("round-*"):
+        for useless in (SORTED, f"{SORTED}.tmp-*", *([EMBEDDINGS] if directory != context.directory else [])):
+            for path in directory.glob(useless):
+                shutil.rmtree(path, ignore_errors=True)

@@ -68,7 +68,10 @@ def select_generation(
 
 
 class _Selection:
-    """One round's selection by the configured method and by those it is compared with, all with the same budget."""
+    """One round's selection by the configured method and by those it is compared with, all with the same budget.
+
+    Made by every rank together.
+    """
 
     def __init__(
         self, context: RoundContext, available: np.ndarray, relation: Relation | None, reference_embeddings: np.ndarray | None
@@ -79,7 +82,9 @@ class _Selection:
         self._lengths = context.pool.lengths[available].astype(np.int64)
         self._group: SelectionResult | None = None
         # A random selection is compared with nothing: nothing is embedded for it.
-        self._store = EmbeddingStore.open(context.directory / EMBEDDINGS, len(available)) if self._method != "random" else None
+        self._store = None
+        if self._method != "random":
+            self._store = context.together(lambda: EmbeddingStore.open(context.directory / EMBEDDINGS, len(available)))
         possible = {
             "group": relation is not None,
             "individual": relation is not None,
@@ -149,7 +154,7 @@ class _Selection:
         """Stage ``similarity``: of each available row to the reference. Collective."""
         context, store, reference = self._context, self._store, self._reference
         assert store is not None and reference is not None
-        mean, std = _centre(store)
+        mean, std = context.together(lambda: _centre(store))
 
         def score(first: int, stop: int, done: Callable[[int], object]) -> Arrays:
             parts = []

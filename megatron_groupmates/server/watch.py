@@ -100,7 +100,8 @@ def _try_round(
             consumed_train_samples=consumed_samples,
         )
         context = RoundContext(config, groups, pool, given, exclusion)
-        paths.round_failure(number).unlink(missing_ok=True)
+        if groups.is_main:
+            paths.round_failure(number).unlink(missing_ok=True)
         run_round(context, reference, _consumed_rows(config, pool, exclusion, consumed_samples))
     except UserError as error:
         # Raised alike on every rank; anything else ends the job and is a matter for a restart.

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_groupmates.config.errors import UserError
+from megatron_groupmates.influence import fit_loop
 from megatron_groupmates.influence.fit import WarmStart, fit_relational, held_out_spearman
 from megatron_groupmates.influence.fit_data import split_rollouts
 from megatron_groupmates.influence.fit_loop import learning_rate_factor
@@ -244,7 +245,31 @@ def test_stops_when_the_held_out_spearman_no_longer_rises() -> None:
         else:
             assert len(attempt["held_out_spearman"]) == 40
     assert sum(ticks) == 40 * (len(attempts) + 1)
-    assert [dataclasses.replace(SETTINGS, epochs=epochs).patience for epochs in (1, 5, 9, 10, 30)] == [3, 3, 3, 4, 10]
+    assert [dataclasses.replace(SETTINGS, epochs=epochs).patience for epochs in (1, 5, 15, 16, 30)] == [5, 5, 5, 6, 10]
+
+
+def test_a_fit_that_diverges_is_not_a_model(monkeypatch) -> None:
+    """Whatever the epochs before were worth, weights that are not finite are not kept; without an epoch before, there is no model."""
+    data = planted(60)
+    epoch = fit_loop.Fit._epoch
+
+    def diverging(after: int):
+        def run(self, *arguments) -> None:
+            self.epochs = getattr(self, "epochs", 0) + 1
+            epoch(self, *arguments)
+            if self.epochs > after:
+                with torch.no_grad():
+                    self.model.head_weight.fill_(float("nan"))
+
+        return run
+
+    monkeypatch.setattr(fit_loop.Fit, "_epoch", diverging(2))
+    result = fit_relational(*data, SETTINGS, 0)
+    assert result.model is not None and all(value.isfinite().all() for value in result.model.parameters())
+    assert result.report["attempts"][-1]["best_epoch"] in (1, 2)
+    monkeypatch.setattr(fit_loop.Fit, "_epoch", diverging(0))
+    result = fit_relational(*data, SETTINGS, 0)
+    assert result.model is None and not result.report["accepted"] and len(result.report["attempts"]) == SETTINGS.max_refits + 1
 
 
 class TestWarmStart:
@@ -280,10 +305,10 @@ class TestWarmStart:
 
     def test_a_start_that_no_epoch_betters_is_kept(self) -> None:
         start, (features, rollouts, labels) = self.start()
-        settings = dataclasses.replace(SETTINGS, epochs=5, learning_rate=3.0, warmup_steps=0)
+        settings = dataclasses.replace(SETTINGS, epochs=9, learning_rate=3.0, warmup_steps=0)
         result = fit_relational(features, rollouts, labels, settings, 0, warm_start=start)
         (attempt,) = result.report["attempts"]
-        assert attempt["best_epoch"] == 0 and attempt["stopped"] == "patience" and len(attempt["held_out_spearman"]) == 3
+        assert attempt["best_epoch"] == 0 and attempt["stopped"] == "patience" and len(attempt["held_out_spearman"]) == 5
         assert result.report["warm_start"]["spearman"] == result.report["warm_start"]["spearman_before"]
         assert torch.equal(result.model.projection, start.model.projection)
 

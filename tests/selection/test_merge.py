@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +22,7 @@ from megatron_groupmates.selection import merge, offers
 from megatron_groupmates.selection.budget import cluster_quotas
 from megatron_groupmates.selection.greedy import greedy_sequence
 from megatron_groupmates.selection.merge import GroupSelection, Offers, guess_limits, merge_by_heap
-from megatron_groupmates.selection.offers import offer, offering
+from megatron_groupmates.selection.offers import Task, offer, offering
 from megatron_groupmates.selection.store import ArrayStore, ClusterStore, sort_by_cluster
 
 RELATIONS = [Relation(alpha=0.9, tau=0.7), Relation(alpha=-1.0, tau=0.5), Relation(kind="additive", gamma=0.6), Relation(kind="none")]
@@ -209,3 +212,31 @@ def test_a_process_that_dies_ends_the_selection_with_advice() -> None:
         UserError, match="a process that selected within a cluster ended early, most likely for lack of memory; start fewer"
     ):
         list(offers._answers(Dead(), []))
+
+
+def _hold_pool(directory: str, file: str) -> None:
+    """Start a pool, write its processes' numbers, and wait to be killed."""
+    with offering(ClusterStore.open(directory), RELATIONS[0], Path(directory), 2) as answer:
+        list(answer(Task(cluster=cluster, allowed=None, lengths=np.ones(10, np.int64), limit=np.inf, quota=5) for cluster in (0, 1, 2)))
+        Path(file).write_text(" ".join(str(process.pid) for process in multiprocessing.active_children()))
+        time.sleep(60)
+
+
+def test_no_process_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 10).astype(np.int32)
+    sort_by_cluster(ArrayStore(rng.standard_normal((30, 4)).astype(np.float16), rng.standard_normal(30)), labels, tmp_path / "sorted")
+    parent = multiprocessing.get_context("spawn").Process(target=_hold_pool, args=(str(tmp_path / "sorted"), str(tmp_path / "pids")))
+    parent.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pids").exists() or not (tmp_path / "pids").read_text():
+        assert parent.is_alive() and time.monotonic() < deadline
+        time.sleep(0.05)
+    children = [psutil.Process(int(number)) for number in (tmp_path / "pids").read_text().split()]
+    assert len(children) >= 2
+    parent.kill()
+    parent.join()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    for process in alive:
+        process.kill()
+    assert not alive

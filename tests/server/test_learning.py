@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_groupmates.config import Config, RunPaths
-from megatron_groupmates.influence.bootstrap import bootstrap_coverage
+from megatron_groupmates.influence.bootstrap import bootstrap_coverage, bootstrap_rollouts
+from megatron_groupmates.influence.relation import Relation
 from megatron_groupmates.pool.generation import load_generation
 from megatron_groupmates.pool.index import PoolIndex
-from megatron_groupmates.server import collecting, watch
+from megatron_groupmates.server import collecting, learning, watch
 from megatron_groupmates.server.collecting import stopped_improving
 from megatron_groupmates.server.context import RoundContext
 from megatron_groupmates.server.estimating import Oracle, agreement
+from megatron_groupmates.server.recipe import resolve_recipe
 from megatron_groupmates.utils.files import read_json
-from tests.common.gpt_runs import REFRESHES
+from tests.common.gpt_runs import REFRESHES, tiny_config
 
 STEP = REFRESHES[0]
 RATE = 8e-3
@@ -191,6 +194,18 @@ class TestAdaptiveBudget:
         assert not stopped_improving([0.3, 0.1, 0.2], 3)
         # An equal value is no improvement.
         assert stopped_improving([0.3, 0.3, 0.3], 2)
+
+
+class TestBootstrap:
+    @pytest.mark.parametrize(("candidates", "wanted", "found"), [(200, 40, 40), (30, 40, 40), (14, 40, 24), (10, 40, 14)])
+    def test_no_more_diverse_rollouts_than_are_possible(self, caplog, candidates, wanted, found):
+        config = tiny_config("unused", oracle__num_bootstrap_rollouts=wanted, oracle__rollout_length=4, oracle__num_candidates=16)
+        context = SimpleNamespace(config=config, recipe=resolve_recipe(config), input=SimpleNamespace(number=3))
+        assert learning._wanted_bootstrap(context, 100, candidates) == found
+        assert ("candidates make" in caplog.text) == (found < wanted)
+        rng = np.random.default_rng(0)
+        embeddings, individual = rng.standard_normal((candidates, 3)), rng.standard_normal(candidates)
+        assert bootstrap_rollouts(embeddings, individual, Relation(), found, 4, "diverse").shape == (found, 4)
 
 
 class TestNoise:

@@ -208,3 +208,20 @@ def test_two_ranks_select_what_one_does(root, groups, tmp_path, tensor_size):
         run(alone, groups)
         for key, values in kept(alone).items():
             np.testing.assert_array_equal(kept(together)[key], values)
+
+
+def fail_once(rank: int, world_size: int, config: Any) -> str:
+    """A chunk that the computing rank of a tensor-parallel group cannot make."""
+    context = open_context(config, open_groups(2))
+
+    def compute(first: int, stop: int, done: Any) -> dict[str, np.ndarray]:
+        raise UserError(f"the disk of rank {rank} is full")
+
+    with pytest.raises(UserError) as caught:
+        grouping.once(context, compute)(0, 1, lambda count: None)
+    return str(caught.value)
+
+
+def test_a_failure_of_the_rank_that_computes_is_that_of_its_group(root, tmp_path):
+    config = make_config(root, tmp_path / "run", server__tensor_model_parallel_size=2)
+    assert run_ranks(fail_once, 2, config, tmp_path=tmp_path) == ["the disk of rank 0 is full"] * 2
