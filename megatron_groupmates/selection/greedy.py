@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megatron_groupmates.selection.greedy_crowd import Crowd
 
 _LARGEST_VALUE = 1e90
+_CHECKED_ROWS = 1024
 _LONGEST_BLOCK = 512
 _CROWD_BATCH, _SHORTEST_SPAN, _LARGEST_CROWD = 128, 256, 1 << 27
 _COST_OF_BLOCK, _COST_OF_PAIR, _COST_OF_ONE, _COST_OF_PASS, _COST_OF_STEP = 2000.0, 0.1, 1000.0, 2.0, 300.0
@@ -80,13 +81,24 @@ def _start(embeddings: np.ndarray, individual: np.ndarray, relation: Relation) -
     embeddings, individual = np.asarray(embeddings), np.asarray(individual, np.float64)
     if embeddings.ndim != 2 or individual.shape != embeddings.shape[:1]:
         raise UserError(f"embeddings have shape {list(embeddings.shape)} and individual {list(individual.shape)}; give [n, d] with [n]")
-    # np.max, unlike max, lets a NaN through.
-    largest = np.max([float(extreme) for values in (individual, embeddings) for extreme in (values.max(initial=0), -values.min(initial=0))])
+    largest = float(np.max([_largest(individual), _largest(embeddings)]))
     if not largest < _LARGEST_VALUE:
         raise UserError(
             f"an embedding or an individual influence is {largest}, not a number below {_LARGEST_VALUE:g}; embed and score the pool again"
         )
     return _Greedy(GreedyState(embeddings, individual, relation))
+
+
+def _largest(values: np.ndarray) -> float:
+    """The largest magnitude; NaN where there is one."""
+    largest = 0.0
+    for start in range(0, len(values), _CHECKED_ROWS):
+        part = values[start : start + _CHECKED_ROWS]
+        # NumPy finds the extremes of float16 far more slowly than it widens them.
+        part = part.astype(np.float32) if part.dtype == np.float16 else part
+        # np.max, unlike max, lets a NaN through.
+        largest = float(np.max([largest, part.max(initial=0), -part.min(initial=0)]))
+    return largest
 
 
 class _Greedy:
