@@ -28,10 +28,10 @@ class CoreRates:
         plain_seconds: of the plain loop, for each product of a pick, a sample and a number of its embedding.
     """
 
-    train_flops: float = 1.0e11
-    assign_flops: float = 1.5e11
-    sorted_bytes: float = 4.0e8
-    choose_seconds: float = 1.9e-8
+    train_flops: float = 4.0e10
+    assign_flops: float = 1.0e11
+    sorted_bytes: float = 1.9e8
+    choose_seconds: float = 3.6e-8
     plain_seconds: float = 2.8e-10
 
 
