@@ -300,7 +300,7 @@ class TestFailedRound:
     @pytest.mark.parametrize(
         ("changes", "reason"),
         [
-            ({"oracle__num_candidates": 16, "oracle__num_bootstrap_rollouts": 80}, "40 diverse rollouts of 3 samples"),
+            ({"selection__minimum_source_share": {"poetry": 0.1}}, "the pool has no kind of source 'poetry'"),
             ({"selection__ratio": 1e-3}, "generation 1 selects nothing"),
             ({"model__ffn_hidden_size": 64}, "the checkpoint is of another model"),
             ({"relational__encoder": "./no-such-encoder"}, "relational.encoder: cannot load './no-such-encoder'"),
@@ -310,6 +310,12 @@ class TestFailedRound:
         config = trained.copy(tmp_path, STEP, **changes)
         assert not watch.serve(config, groups, once=True)
         assert_failed(config, 1, reason)
+
+
+def test_few_candidates_make_fewer_bootstrap_rollouts(trained, groups, tmp_path):
+    config = trained.copy(tmp_path, STEP, oracle__num_candidates=16, oracle__num_bootstrap_rollouts=80)
+    assert watch.serve(config, groups, once=True)
+    assert generation(config).provenance["oracle"]["rollouts"]["bootstrap"] == 32
 
 
 @pytest.mark.parametrize(
@@ -374,7 +380,13 @@ def serve_each(rank: int, world_size: int, configs: dict[str, Config]) -> dict[s
             raise watch.UserError("a shard that only this worker reads is damaged")
         return real(probe, rollouts, *rest)
 
-    stages.measure_rollouts = measure
+    def bootstrap(*arguments: Any) -> np.ndarray:
+        if name == "main_fails":
+            raise watch.UserError("the main rank cannot draw bootstrap rollouts")
+        return draw(*arguments)
+
+    draw = stages.bootstrap_rollouts
+    stages.measure_rollouts, stages.bootstrap_rollouts = measure, bootstrap
     for name, config in configs.items():
         measured = 0
         opened = open_groups(2 if name.startswith("tp2") else 1)
@@ -391,7 +403,7 @@ def two_ranks(trained: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> 
         "tp2_of_tp1": trained.copy(root / "b", STEP, server__tensor_model_parallel_size=2),
         "workers": trained.copy(root / "c", STEP),
         "workers_of_tp2": other.copy(root / "d", STEP, server__tensor_model_parallel_size=1),
-        "main_fails": trained.copy(root / "e", STEP, oracle__num_candidates=16, oracle__num_bootstrap_rollouts=80),
+        "main_fails": trained.copy(root / "e", STEP),
         "one_rank_fails": trained.copy(root / "f", STEP),
     }
     return TwoRanks(configs, run_ranks(serve_each, 2, configs, tmp_path=root, timeout_seconds=200))
@@ -428,7 +440,7 @@ class TestTwoRanks:
     def test_losses_at_other_tensor_parallel_sizes_differ_by_rounding(self, two_ranks, finished, name):
         np.testing.assert_allclose(oracle_losses(two_ranks.configs[name]), oracle_losses(finished), rtol=1e-4)
 
-    @pytest.mark.parametrize(("name", "reason"), [("main_fails", "40 diverse rollouts"), ("one_rank_fails", "only this worker reads")])
+    @pytest.mark.parametrize(("name", "reason"), [("main_fails", "the main rank cannot"), ("one_rank_fails", "only this worker reads")])
     def test_a_failure_of_one_rank_fails_the_round_on_all(self, two_ranks, name, reason):
         assert [result[name][0] for result in two_ranks.results] == [False, False]
         assert_failed(two_ranks.configs[name], 1, reason)
