@@ -124,7 +124,7 @@ def _check_schedule(config: Config) -> None:
 
 def _check_selection(config: Config) -> None:
     selection = config.selection
-    _check_source_shares(selection.minimum_source_share or {})
+    check_share_values(selection.minimum_source_share or {})
     if config.data.reference is None and selection.method != "random":
         raise UserError(
             f"data.reference: required by selection.method {selection.method!r}: the held-out examples whose loss selection minimises"
@@ -165,7 +165,8 @@ def _check_encoder_training(config: Config) -> None:
         )
 
 
-def _check_source_shares(shares: Mapping[str, Any]) -> None:
+def check_share_values(shares: Mapping[str, Any]) -> None:
+    """Raise UserError for a ``selection.minimum_source_share`` that is no number from 0 to 1, or where they sum above 1."""
     for kind, share in shares.items():
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise UserError(f"selection.minimum_source_share: {kind}: {share!r} is not a share of the budget; give a number from 0 to 1")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from megatron_groupmates.config.checks import check_share_values
 from megatron_groupmates.config.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -23,15 +23,12 @@ Choose = Callable[[np.ndarray | None, int], Choice]
 
 def check_source_shares(shares: Mapping[str, float], kinds: Sequence[str]) -> None:
     """Raise UserError for a share of a kind that is not among ``kinds``, one below zero, or shares that sum above 1."""
-    for kind, share in shares.items():
+    for kind in shares:
         if kind not in kinds:
             near = difflib.get_close_matches(kind, kinds, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(kinds) or 'none'}"
             raise UserError(f"selection.minimum_source_share: the pool has no kind of source {kind!r}; {hint}")
-        if not 0 <= share <= 1:
-            raise UserError(f"selection.minimum_source_share: {kind}: {share!r} is not a share of the budget; give a number from 0 to 1")
-    if (total := math.fsum(shares.values())) > 1:
-        raise UserError(f"selection.minimum_source_share: the shares sum to {total:g}, above the whole budget; lower them to 1 at most")
+    check_share_values(shares)
 
 
 def choose_with_shares(
