@@ -30,8 +30,7 @@ class Encoder(Protocol):
 class ProbeEncoder:
     """The language-model checkpoint itself, which needs no other model: input embeddings and last hidden states, averaged over tokens.
 
-    Which words a sample has, as the mean embedding tells, says more of its influence than the hidden states do; both together
-    say most (``tools/bench/RESULTS.md``, "Features of the probe").
+    Both together say more of a sample's influence than the hidden states alone (``tools/bench/RESULTS.md``, "Features of the probe").
     """
 
     def __init__(self, model: Any, hidden_size: int, rules: DocumentRules) -> None:
