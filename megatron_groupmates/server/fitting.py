@@ -111,9 +111,15 @@ def _keep(directory: Path, result: FitResult, source: FeatureSource) -> None:
 
 
 def last_good_model(context: RoundContext) -> tuple[RelationalModel, int] | None:
-    """The newest accepted ``final`` model of an earlier round of this run, and the round's number."""
-    for number in range(context.input.number - 1, 0, -1):
-        directory = context.paths.round(number) / "final"
-        if (directory / "report.json").exists() and read_json(directory / "report.json")["accepted"]:
-            return RelationalModel.load(directory), number
-    return None
+    """The newest accepted ``final`` model of an earlier round of this run, and the round's number. Collective."""
+
+    def accepted(number: int) -> bool:
+        report = context.paths.round(number) / "final" / "report.json"
+        return report.exists() and read_json(report)["accepted"]
+
+    # As the main rank finds it: another host may see the files of a shared directory later.
+    numbers = range(context.input.number - 1, 0, -1) if context.groups.is_main else ()
+    number = context.groups.broadcast_object(next(filter(accepted, numbers), None))
+    if number is None:
+        return None
+    return context.together(lambda: RelationalModel.load(context.paths.round(number) / "final")), number
