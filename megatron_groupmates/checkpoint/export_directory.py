@@ -54,7 +54,7 @@ def find_tag(path: Path | str, tag: str | None = None) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a directory; give a run, its 'checkpoints' or a tag such as <checkpoints>/global_step100")
-    paths = RunPaths(path)
+    paths = RunPaths.below(path)
     saves = paths.checkpoints if paths.config.is_file() else path
     found = path
     if saves != path or tag is not None or (path / "latest").is_file():

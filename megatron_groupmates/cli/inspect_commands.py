@@ -21,7 +21,7 @@ from megatron_groupmates.pool.remote import RemoteSettings
 from megatron_groupmates.pool.skips import read_skips
 from megatron_groupmates.server.stage_names import stage_text
 from megatron_groupmates.utils.files import read_json, read_lines
-from megatron_groupmates.utils.run_directory import read_run_config
+from megatron_groupmates.utils.run_directory import open_run
 from megatron_groupmates.utils.storage import configure_storage
 
 
@@ -76,7 +76,7 @@ def run_status(paths: RunPaths, config: Config) -> dict[str, Any]:
 
 
 def _status(options: argparse.Namespace) -> int:
-    config, paths = read_run_config(options.run), RunPaths(options.run)
+    config, paths = open_run(options.run)
     facts = run_status(paths, config)
     if options.json:
         print(json.dumps(facts))
@@ -133,10 +133,9 @@ def _trace(options: argparse.Namespace) -> int:
 
     if not 0 <= options.start <= options.stop:
         raise UserError(f"--start {options.start} --stop {options.stop}: give 0 <= start <= stop")
-    config = read_run_config(options.run)
+    config, paths = open_run(options.run)
     configure_storage(config.data.storage_options or {})
     pool = PoolIndex.open(config.data.pool, remote=RemoteSettings.of(config))
-    paths = RunPaths(options.run)
     order, skips = run_order(paths, config, pool, options.stop), set(read_skips(paths.skipped_samples))
     for line in trace(pool, order, options.start, options.stop, skips):
         print(json.dumps(line))

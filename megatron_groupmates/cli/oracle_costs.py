@@ -17,7 +17,7 @@ from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.references.examples import ScoredTokens
 from megatron_groupmates.server.stage_names import stage_family
 from megatron_groupmates.utils.files import read_json
-from megatron_groupmates.utils.run_directory import read_run_config
+from megatron_groupmates.utils.run_directory import open_run
 
 ESTIMATORS = ("exact", "first_order", "directional")
 AUTHORS = "authors"
@@ -185,11 +185,11 @@ def measured_seconds(config: Config, estimator: str, rates: Rates) -> float | No
 
 def find_rates(config: Config) -> Rates | None:
     """Rates of the run's own finished rounds; None where there are none, or they are of another model."""
-    run = Path(config.run.output_dir)
-    if not RunPaths(run).config.is_file():
+    paths = RunPaths.of(config)
+    if not paths.config.is_file():
         return None
     try:
-        return read_rates(run, config)
+        return read_rates(paths.root, config)
     except UserError:
         return None
 
@@ -200,13 +200,13 @@ def read_rates(run: Path, config: Config) -> Rates:
     Raises:
         UserError: it is no run directory, its model is not that of ``config``, or no round of it has rates.
     """
-    other = read_run_config(run)
+    other, paths = open_run(run)
     differences = [line for line in config_differences(other, config) if line.startswith("model.")]
     if differences:
         raise UserError(f"--rates {run} is of another model ({'; '.join(differences)}); give a run of the same model")
     steps: dict[str, float] = {}
     labels: float | None = None
-    for directory in sorted(RunPaths(run).selection.glob("rounds/round-??????")):
+    for directory in sorted(paths.selection.glob("rounds/round-??????")):
         for path in sorted(directory.glob("oracle_*.stage.json")):
             rate, stage = read_json(path).get("rollouts_per_second"), path.name.removesuffix(".stage.json")
             # A rollout of the noise stage is measured several times over: its rate is no other stage's.

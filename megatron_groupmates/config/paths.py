@@ -5,22 +5,38 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_groupmates.config.sections import Config
+
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Files and directories of the run in ``root``."""
+    """Files and directories of the run in ``root``.
+
+    Attributes:
+        root: the run directory.
+        checkpoints: DeepSpeed's save directory.
+        selection: generations, the pointer to the newest and the generation log.
+    """
 
     root: Path
+    checkpoints: Path
+    selection: Path
+
+    @classmethod
+    def of(cls, config: Config, root: Path | None = None) -> RunPaths:
+        """The paths of the run that ``config`` describes, in ``root`` where the run directory has moved since."""
+        root, checkpoints, selection = root or Path(config.run.output_dir), config.checkpoint.directory, config.run.selection_dir
+        return cls(root, Path(checkpoints or root / "checkpoints"), Path(selection or root / "selection"))
+
+    @classmethod
+    def below(cls, root: Path) -> RunPaths:
+        """The paths of a run that keeps everything in ``root``."""
+        return cls(root, root / "checkpoints", root / "selection")
 
     @property
     def config(self) -> Path:
         """The resolved config."""
         return self.root / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        """DeepSpeed's save directory."""
-        return self.root / "checkpoints"
 
     @property
     def metrics(self) -> Path:
@@ -36,11 +52,6 @@ class RunPaths:
     def training_state(self) -> Path:
         """Where the trainer stands: state, step, time and FLOPs so far."""
         return self.root / "training.json"
-
-    @property
-    def selection(self) -> Path:
-        """Generations, the pointer to the newest and the generation log."""
-        return self.root / "selection"
 
     @property
     def generation_log(self) -> Path:

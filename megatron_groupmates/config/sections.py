@@ -29,6 +29,9 @@ class RunConfig:
     """Where a run lives and what it is called."""
 
     output_dir: str = setting(REQUIRED, "run directory: checkpoints, selection, metrics and report", may_change=True)
+    selection_dir: str | None = setting(
+        None, "generations, their log and the server's rounds; <output_dir>/selection when unset", may_change=True
+    )
     name: str = setting("run", "name shown in reports and W&B", may_change=True)
     seed: int = setting(1234, "seed of initial weights, sample order and every random choice of the selection", minimum=0)
     wandb_mode: Literal["offline", "online", "disabled"] = setting("offline", "where metrics go besides metrics.jsonl", may_change=True)
@@ -37,13 +40,25 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of the megatron-core GPT: SwiGLU, rotary, QK-norm, RMS norms, no biases, untied output."""
+    """Shape of the megatron-core GPT; by default SwiGLU, rotary, QK-norm, RMS norms, no biases, untied output. Megatron's names."""
 
     num_layers: int = setting(REQUIRED, "transformer layers", minimum=1)
     hidden_size: int = setting(REQUIRED, "width of the residual stream", minimum=8)
     num_attention_heads: int = setting(REQUIRED, "attention heads", minimum=1)
     num_query_groups: int | None = setting(None, "key/value heads (grouped-query attention); the attention heads when unset", minimum=1)
-    ffn_hidden_size: int | None = setting(None, "SwiGLU width; 8/3 of hidden_size rounded up to 256 (DCLM's rule) when unset", minimum=8)
+    ffn_hidden_size: int | None = setting(
+        None, "MLP width; when unset 8/3 of hidden_size rounded up to 256 (DCLM's rule) for swiglu, else 4 x hidden_size", minimum=8
+    )
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = setting("swiglu", "of the MLP; gelu_tanh: gelu by its tanh approximation")
+    normalization: Literal["RMSNorm", "LayerNorm"] = setting("RMSNorm", "of the residual stream")
+    qk_layernorm: bool = setting(True, "norms of queries and keys")
+    add_bias_linear: bool = setting(False, "biases in the linear layers of attention and MLP")
+    position_embedding_type: Literal["rope", "learned_absolute"] = setting("rope", "how positions enter")
+    rotary_percent: float = setting(1.0, "rope: share of each head's dimensions that is rotated", minimum=0.0, maximum=1.0)
+    max_position_embeddings: int | None = setting(
+        None, "learned_absolute: rows of the table of positions; sequence_length when unset", minimum=1
+    )
+    untie_embeddings_and_output_weights: bool = setting(True, "an output layer of its own instead of the word embeddings")
     sequence_length: int = setting(2048, "tokens per training sequence", minimum=2)
     vocab_size: int = setting(50432, "rows of the embedding, padding included", minimum=2)
     rotary_base: int = setting(10000, "base of the rotary position embedding", minimum=2)
@@ -58,6 +73,9 @@ class ParallelConfig:
     """How a model is spread over processes; the rest of the world is data parallel (or oracle workers)."""
 
     tensor_model_parallel_size: int = setting(1, "ranks that share each layer", minimum=1)
+    sequence_parallel: bool = setting(
+        False, "Megatron's sequence parallelism: tensor-parallel ranks share the activations between layers too", may_change=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +134,11 @@ class TrainingConfig:
     global_batch_size: int = setting(REQUIRED, "sequences per optimizer step over all ranks", minimum=1)
     micro_batch_size: int = setting(REQUIRED, "sequences per forward pass and rank", minimum=1)
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 on GPU, fp32 on CPU")
+    recompute_granularity: Literal["none", "selective", "full"] = setting(
+        "none",
+        "activation checkpointing: recompute nothing, attention alone (selective) or whole layers (full) in the backward pass",
+        may_change=True,
+    )
     gradient_clipping: float = setting(1.0, "largest global gradient norm; 0 switches clipping off", minimum=0.0)
     log_interval: int = setting(10, "steps between lines in metrics.jsonl", minimum=1, may_change=True)
     eval_interval: int = setting(100, "steps between evaluations", minimum=1, may_change=True)
@@ -143,8 +166,12 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """DeepSpeed checkpoints in <output_dir>/checkpoints."""
+    """DeepSpeed checkpoints in <output_dir>/checkpoints, or those of a trainer of the user's own."""
 
+    directory: str | None = setting(None, "where the checkpoints are; <output_dir>/checkpoints when unset", may_change=True)
+    format: Literal["groupmates", "megatron_deepspeed", "megatron_lm"] = setting(
+        "groupmates", "who trains: this package, or a checkout of Megatron-DeepSpeed or Megatron-LM (then written by the integration)"
+    )
     save_interval: int = setting(1000, "steps between checkpoints; planned selection refreshes always save one", minimum=1, may_change=True)
     load: str | None = setting(
         None, "another run's checkpoint directory to branch from when this run has none of its own yet", may_change=True

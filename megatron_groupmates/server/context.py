@@ -74,7 +74,7 @@ class RoundContext:
         self.input = given
         self.exclusion = exclusion
         self.recipe: Recipe = resolve_recipe(config)
-        self.paths = RunPaths(Path(config.run.output_dir))
+        self.paths = RunPaths.of(config)
         self.directory = self.paths.round(given.number)
         self.size: ModelSize = model_size(config)
         self.read_samples = sample_reader(pool, groups.device, config.model.sequence_length)

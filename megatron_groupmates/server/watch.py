@@ -45,7 +45,7 @@ def serve(config: Config, groups: ParallelGroups, once: bool) -> bool:
     Raises:
         UserError: bad pool or reference set; with ``once`` also when there is no checkpoint.
     """
-    paths = RunPaths(Path(config.run.output_dir))
+    paths = RunPaths.of(config)
     pool = open_pool(config, config.data.pool, "data.pool")
     exclusion = open_exclusion(config, pool)
     reference = pool
@@ -147,7 +147,7 @@ def _newest_tag(config: Config) -> Path:
     """The newest complete checkpoint of the run, or the one it will branch from."""
     found = find_checkpoint(config)
     if found is None:
-        checkpoints = RunPaths(Path(config.run.output_dir)).checkpoints
+        checkpoints = RunPaths.of(config).checkpoints
         raise UserError(f"{checkpoints} holds no complete checkpoint (no file 'latest'); start the trainer first")
     directory, tag = found
     tag = tag or latest_tag(directory)

@@ -9,7 +9,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,7 @@ def open_generation_log(
         UserError: a generation of the log is missing, damaged or of another pool, or generation 0 was made with another
             exclusion.
     """
-    paths = RunPaths(Path(config.run.output_dir))
+    paths = RunPaths.of(config)
     if groups.is_main and not read_log(paths.generation_log):
         _start_log(config, paths, pool, exclusion, consumed_train_samples)
     groups.barrier()
@@ -118,7 +117,7 @@ class GenerationAdopter:
         on_event: Callable[[dict[str, Any]], None],
     ) -> None:
         self._config = config
-        self._paths = RunPaths(Path(config.run.output_dir))
+        self._paths = RunPaths.of(config)
         self._pool = pool
         self._order = order
         self._groups = groups

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,7 +58,7 @@ class Trainer:
     def __init__(self, config: Config, groups: ParallelGroups) -> None:
         self.config = config
         self.groups = groups
-        self.paths = RunPaths(Path(config.run.output_dir))
+        self.paths = RunPaths.of(config)
         data_parallel_size = check_world_size(config, groups.world_size)
         assert data_parallel_size == groups.data_size
 

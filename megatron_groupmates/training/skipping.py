@@ -61,7 +61,7 @@ class DamageGuard:
         self._trained_samples = trained_samples
         self._on_event = on_event
         if groups.is_main and config.checkpoint.load is not None and not self._path.exists():
-            self._inherit(RunPaths(Path(config.checkpoint.load).parent))
+            self._inherit(RunPaths.below(Path(config.checkpoint.load).parent))
         groups.barrier()
         self._skips = set(read_skips(self._path))
 

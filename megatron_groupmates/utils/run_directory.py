@@ -14,7 +14,7 @@ def check_run_directory(config: Config) -> RunPaths:
     Raises:
         UserError: the directory holds a run with other settings; lists those that differ.
     """
-    paths = RunPaths(Path(config.run.output_dir))
+    paths = RunPaths.of(config)
     if paths.config.exists():
         differences = config_differences(read_run_config(paths.root), config)
         if differences:
@@ -27,7 +27,7 @@ def check_run_directory(config: Config) -> RunPaths:
 
 def write_run_config(config: Config) -> None:
     """Write the resolved config into the run directory. One process of a job calls."""
-    write_text(RunPaths(Path(config.run.output_dir)).config, dump_config(config))
+    write_text(RunPaths.of(config).config, dump_config(config))
 
 
 def read_run_config(run: Path) -> Config:
@@ -36,10 +36,20 @@ def read_run_config(run: Path) -> Config:
     Raises:
         UserError: ``run`` is not a run directory, or its config is damaged.
     """
-    paths = RunPaths(run)
+    paths = RunPaths.below(run)
     if not paths.config.is_file():
         raise UserError(f"{run} is not a run directory: it has no config.yaml; give the run.output_dir of a trainer")
     return parse_config(paths.config.read_text(), source=str(paths.config))
+
+
+def open_run(run: Path) -> tuple[Config, RunPaths]:
+    """The resolved config of the run in ``run``, and where its files are.
+
+    Raises:
+        UserError: as :func:`read_run_config`.
+    """
+    config = read_run_config(run)
+    return config, RunPaths.of(config, run)
 
 
 def find_checkpoint(config: Config) -> tuple[Path, str | None] | None:
@@ -50,7 +60,7 @@ def find_checkpoint(config: Config) -> tuple[Path, str | None] | None:
     Raises:
         UserError: ``checkpoint.load`` is not a directory.
     """
-    own = RunPaths(Path(config.run.output_dir)).checkpoints
+    own = RunPaths.of(config).checkpoints
     if (own / "latest").is_file():
         return own, None
     if config.checkpoint.load is None:
@@ -63,7 +73,7 @@ def find_checkpoint(config: Config) -> tuple[Path, str | None] | None:
 
 def generation_log_source(config: Config) -> RunPaths:
     """The run whose generation log holds what has been consumed: this one, or the one it branches from until it has started."""
-    own = RunPaths(Path(config.run.output_dir))
+    own = RunPaths.of(config)
     if own.generation_log.exists() or config.checkpoint.load is None:
         return own
-    return RunPaths(Path(config.checkpoint.load).parent)
+    return RunPaths.below(Path(config.checkpoint.load).parent)

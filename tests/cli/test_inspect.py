@@ -33,7 +33,7 @@ def pool(tmp_path: Path) -> PoolIndex:
 def write_run(tmp_path: Path, **sections: dict[str, Any]) -> tuple[RunPaths, Config]:
     """A run directory with nothing but its config."""
     config = tiny_config(run={"output_dir": str(tmp_path / "run")}, data={"pool": str(tmp_path / "pool")}, **sections)
-    paths = RunPaths(tmp_path / "run")
+    paths = RunPaths.below(tmp_path / "run")
     paths.root.mkdir()
     paths.config.write_text(dump_config(config))
     return paths, config

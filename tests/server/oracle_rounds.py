@@ -22,7 +22,7 @@ STEP = REFRESHES[0]
 def open_context(config: Config, groups: Any) -> RoundContext:
     """Round 1 of a run on its checkpoint of ``STEP``, which need not exist before the probe is loaded."""
     pool = PoolIndex.open(config.data.pool)
-    tag_dir = RunPaths(Path(config.run.output_dir)).checkpoints / f"global_step{STEP}"
+    tag_dir = RunPaths.of(config).checkpoints / f"global_step{STEP}"
     given = RoundInput(number=1, tag_dir=tag_dir, step=STEP, consumed_train_samples=STEP * BATCH)
     context = RoundContext(config, groups, pool, given, open_exclusion(config, pool))
     context.begin(PoolIndex.open(config.data.reference))
@@ -41,7 +41,7 @@ def measure(config: Config, groups: Any) -> np.ndarray:
 
 def dataset(config: Config) -> Path:
     """The file that keeps them."""
-    return RunPaths(Path(config.run.output_dir)).round(1) / "oracle_random.npz"
+    return RunPaths.of(config).round(1) / "oracle_random.npz"
 
 
 def chunk_directory(config: Config) -> Path:

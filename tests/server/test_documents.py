@@ -92,7 +92,7 @@ def test_the_probe_takes_the_trainers_step_bit_for_bit(config: Config, groups: A
 
 
 def test_a_round_selects_whole_documents(config: Config, groups: Any):
-    pool, selection = PoolIndex.open(config.data.pool), RunPaths(Path(config.run.output_dir)).selection
+    pool, selection = PoolIndex.open(config.data.pool), RunPaths.of(config).selection
     assert {1, 40} <= set(pool.lengths.tolist())
     assert watch.serve(config, groups, once=True)
     assert read_pointer(selection) == 1

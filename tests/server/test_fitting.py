@@ -41,7 +41,7 @@ def learn(config: Config, groups: Any, number: int = 1) -> tuple[RelationalModel
 
 
 def directory(config: Config, number: int = 1) -> Path:
-    return RunPaths(Path(config.run.output_dir)).round(number)
+    return RunPaths.of(config).round(number)
 
 
 def refuse(*args: Any, **kwargs: Any) -> FitResult:

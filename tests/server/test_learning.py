@@ -46,13 +46,13 @@ def run_round(trained: Any, groups: Any, tmp_path: Path) -> Callable[..., Config
 
 
 def directory(config: Config) -> Path:
-    return RunPaths(Path(config.run.output_dir)).round(1)
+    return RunPaths.of(config).round(1)
 
 
 def facts(config: Config) -> dict[str, Any]:
     """``oracle.json``, which the generation's provenance repeats."""
     kept = read_json(directory(config) / "oracle.json")
-    selection = RunPaths(Path(config.run.output_dir)).selection
+    selection = RunPaths.of(config).selection
     assert load_generation(selection, 1, PoolIndex.open(config.data.pool)).provenance["oracle"] == kept
     return kept
 

@@ -59,7 +59,7 @@ def finished(trained: TrainedRun, groups: Any, tmp_path_factory: pytest.TempPath
 
 
 def paths(config: Config) -> RunPaths:
-    return RunPaths(Path(config.run.output_dir))
+    return RunPaths.of(config)
 
 
 def generation(config: Config, number: int = 1) -> Generation:

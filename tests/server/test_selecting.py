@@ -57,7 +57,7 @@ def run_small(rank: int, world_size: int, configs: list[Any]) -> None:
 
 
 def kept(config: Any) -> dict[str, np.ndarray]:
-    with np.load(RunPaths(Path(config.run.output_dir)).round(1) / "selection.npz") as content:
+    with np.load(RunPaths.of(config).round(1) / "selection.npz") as content:
         return {key: content[key] for key in content.files}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import string
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,7 +44,7 @@ def test_publishes_a_generation_by_the_trained_encoder(trained, groups, tmp_path
         relational__learning_rate=3e-3,
         relational__epochs=3,
     )
-    paths = RunPaths(Path(config.run.output_dir))
+    paths = RunPaths.of(config)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(round_module, "embed_pool", die)
         watch.serve(config, groups, once=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +26,7 @@ RANDOM = {"selection__method": "random"}
 
 
 def paths(config: Config) -> RunPaths:
-    return RunPaths(Path(config.run.output_dir))
+    return RunPaths.of(config)
 
 
 def announce(config: Config, step: int) -> None:

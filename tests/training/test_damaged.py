@@ -170,7 +170,7 @@ def test_a_branch_begins_with_what_its_parent_left_out(tmp_path: Path):
     (tmp_path / "parent").mkdir()
     lines = [json.dumps({"sample": number, "shard": "s", "row": 1, "error": "e"}) + "\n" for number in (3, 8, 12)]
     (tmp_path / "parent/skipped.jsonl").write_text("".join(lines))
-    paths, pool = RunPaths(tmp_path / "branch"), PoolIndex.open(config.data.pool)
+    paths, pool = RunPaths.below(tmp_path / "branch"), PoolIndex.open(config.data.pool)
     DamageGuard(config, paths, pool, OneRank(), 10, print)
     assert paths.skipped_samples.read_text() == "".join(lines[:2])
     DamageGuard(config, paths, pool, OneRank(), 20, print)

@@ -244,4 +244,4 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
     from megatron_groupmates.config import RunPaths
     from megatron_groupmates.utils.files import read_lines
 
-    return read_lines(RunPaths(run).metrics)
+    return read_lines(RunPaths.below(run).metrics)
