@@ -11,7 +11,8 @@ from megatron_groupmates.config import Config, ffn_hidden_size, parse_config, re
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-SCRIPTS = sorted(path.relative_to(ROOT) for folder in ("examples", "tools", "tests") for path in (ROOT / folder).rglob("*.sh"))
+FOLDERS = [ROOT / name for name in ("examples", "tools", "tests")]
+SCRIPTS = sorted(path.relative_to(ROOT) for folder in FOLDERS for kind in ("sh", "sbatch") for path in folder.rglob(f"*.{kind}"))
 
 
 def read(name: str) -> Config:
@@ -19,7 +20,7 @@ def read(name: str) -> Config:
 
 
 def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", str(EXAMPLES / name), *arguments], capture_output=True, text=True, timeout=30)
+    return subprocess.run(["bash", str(EXAMPLES / name), *arguments], capture_output=True, text=True, timeout=500)
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 [ $# -gt 0 ] && [ "${1#-}" = "$1" ] || { sed -n '2,9p' "${BASH_SOURCE[0]}" >&2; exit 1; }
 config=$1
 shift
-trainer=() server=() settings=()
+trainer=() server=() options=(--config "$config")
 while [ $# -gt 0 ]; do
     [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 1; }
     case "$1" in
-        --trainer-hostfile) trainer+=(--hostfile "$2") ;;
-        --server-hostfile) server+=(--hostfile "$2") ;;
+        # --force_multi: a hostfile of one host means that host, not this one.
+        --trainer-hostfile) trainer+=(--force_multi --hostfile "$2") ;;
+        --server-hostfile) server+=(--force_multi --hostfile "$2") ;;
         --trainer-gpus) trainer+=(--include "$2") ;;
         --server-gpus) server+=(--include "$2") ;;
-        --set) settings+=(--set "$2") ;;
+        --set) options+=(--set "$2") ;;
         *) echo "error: unknown argument $1" >&2; exit 1 ;;
     esac
     shift 2
@@ -28,24 +29,9 @@ done
 
 bash tools/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
-python -m megatron_groupmates plan --config "$config" "${settings[@]}"
-train() { deepspeed -q "${trainer[@]}" --master_port 29500 --module megatron_groupmates train --config "$config" "${settings[@]}"; }
-serve() { deepspeed -q "${server[@]}" --master_port 29600 --module megatron_groupmates serve --config "$config" "${settings[@]}" "$@"; }
-state() { python -m megatron_groupmates status "$1" --json | python -c 'import json, sys; print(json.load(sys.stdin)["trainer"]["state"])'; }
-setting() { python -m megatron_groupmates plan --no-data --json --config "$config" "${settings[@]}" | python -c "import json, sys; print(json.load(sys.stdin)['$1'])"; }
-
-if [ "$(setting mode)" = inline ]; then
-    train
-    while [ "$(state "$(setting output_dir)")" = awaiting_selection ]; do
-        serve --once || echo "the round failed; training goes on with the selection it has" >&2
-        train
-    done
-else
-    serve &
-    server_job=$!
-    trap 'kill "$server_job" 2>/dev/null || true' EXIT
-    train
-    wait "$server_job"
-    trap - EXIT
-fi
+python -m megatron_groupmates plan "${options[@]}"
+train_command=(deepspeed -q "${trainer[@]}" --master_port 29500 --module megatron_groupmates train "${options[@]}")
+serve_command=(deepspeed -q "${server[@]}" --master_port 29600 --module megatron_groupmates serve "${options[@]}")
+source examples/jobs.sh
+run_jobs
 python -m megatron_groupmates report "$(setting output_dir)"

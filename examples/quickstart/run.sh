@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # From nothing to a language model trained with two mid-run selection refreshes, compared with two controls:
-#   bash examples/quickstart/run.sh [--output DIR] [--all-arms] [--set section.key=value ...]
+#   bash examples/quickstart/run.sh [--output DIR] [--all-arms] [--max-bytes SIZE] [--set section.key=value ...]
 # --output DIR   run directory (default: runs/quickstart)
 # --all-arms     also train the `individual` arm: the same oracles without the relation between samples
+# --max-bytes    text gathered for the pool (default: 7M)
 # --set          change a setting of examples/quickstart/config.yaml in every arm
 # Needs Python 3.11 or newer and a network or a package cache for the set-up; no GPU, no model hub, no data set.
 # Kill it at any time and start it again: it goes on where it stood.
@@ -12,14 +13,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 output=runs/quickstart
 arms=(group random similarity)
+max_bytes=7M
 settings=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --output) [ $# -gt 1 ] || { echo "error: --output needs a directory" >&2; exit 1; }
                   case "$2" in /*) output=$2 ;; *) output=$called_from/$2 ;; esac; shift ;;
         --all-arms) arms+=(individual) ;;
+        --max-bytes) [ $# -gt 1 ] || { echo "error: --max-bytes needs a size such as 7M" >&2; exit 1; }; max_bytes=$2; shift ;;
         --set) [ $# -gt 1 ] || { echo "error: --set needs section.key=value" >&2; exit 1; }; settings+=(--set "$2"); shift ;;
-        -h|--help) sed -n '2,8p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        -h|--help) sed -n '2,9p' "${BASH_SOURCE[0]}"; exit 0 ;;
         *) echo "error: unknown argument $1; see --help" >&2; exit 1 ;;
     esac
     shift
@@ -73,7 +76,7 @@ together() {
 }
 
 say "text of this machine: gather, train a tokenizer, tokenise"
-python tools/gather_documents.py --output "$data/raw" --max-bytes 7M --reference-bytes 200K --evaluation-bytes 200K
+python tools/gather_documents.py --output "$data/raw" --max-bytes "$max_bytes" --reference-bytes 200K --evaluation-bytes 200K
 [ -d "$data/tokenizer" ] || python tools/train_tokenizer.py --input "$data/raw/pool" --output "$data/tokenizer" --vocab-size 2048
 for part in pool reference evaluation; do
     python tools/preprocess_dclm.py --input "$data/raw/$part" --output "$data/$part" --tokenizer "$data/tokenizer" --pack 129

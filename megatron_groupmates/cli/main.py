@@ -23,7 +23,7 @@ start with:
   python -m megatron_groupmates status RUN
 """
 
-_OTHER_RANKS_WAIT_SECONDS = 3.0
+_OTHER_RANKS_WAIT_SECONDS = 15.0
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ from megatron_groupmates.cli.oracle_costs import (
 )
 from megatron_groupmates.cli.selection_costs import TEXT_ENCODER_FLOPS_PER_TOKEN, format_selection_costs, selection_costs
 from megatron_groupmates.config import Config, UserError, check_world_size, oracle_estimator, refresh_steps
-from megatron_groupmates.model.sizes import model_size, training_bytes_per_gpu
+from megatron_groupmates.model.sizes import model_size, recomputed_flops_per_token, training_bytes_per_gpu
 from megatron_groupmates.pool.contexts import choose_packing
 from megatron_groupmates.pool.exclusion import open_exclusion
 from megatron_groupmates.pool.index import PoolIndex
@@ -174,7 +174,7 @@ def make_plan(
         "micro_batches_per_step": training.global_batch_size // (training.micro_batch_size * data_parallel),
         "training": {
             "flops": train_flops,
-            "seconds": train_flops / (hardware.gpus * hardware.flops_per_second),
+            "seconds": (train_flops + recomputed_flops_per_token(config) * tokens) / (hardware.gpus * hardware.flops_per_second),
             "gpus": hardware.gpus,
         },
         "memory_per_gpu": {**memory, "total": sum(memory.values())},

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_groupmates.parallel.device import compute_device, resolve_precision
     from megatron_groupmates.parallel.groups import ParallelGroups, initialize_parallel
+    from megatron_groupmates.parallel.job import Job
     from megatron_groupmates.parallel.launch import LaunchEnvironment, read_launch_environment
 
 __all__ = [
+    "Job",
     "LaunchEnvironment",
     "ParallelGroups",
     "compute_device",
@@ -19,6 +21,7 @@ __all__ = [
     "resolve_precision",
 ]
 _MODULES = {
+    "Job": "job",
     "LaunchEnvironment": "launch",
     "ParallelGroups": "groups",
     "compute_device": "device",

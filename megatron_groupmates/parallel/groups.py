@@ -11,27 +11,21 @@ import torch.distributed as dist
 
 from megatron_groupmates.config import UserError
 from megatron_groupmates.parallel.device import compute_device, prepare_cpu_backend, share_cpu_cores
+from megatron_groupmates.parallel.job import Job
 from megatron_groupmates.parallel.launch import LaunchEnvironment
 
 
-class ParallelGroups:
+class ParallelGroups(Job):
     """Tensor-parallel and data-parallel groups of this rank.
 
     A server calls the data-parallel dimension its oracle workers. It is also what DeepSpeed calls an ``mpu``:
     it asks for *model*-parallel groups, which here are the tensor-parallel ones.
-
-    Attributes:
-        rank: global rank.
-        world_size: all ranks.
-        device: where this rank computes.
     """
 
     def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
         from megatron.core import parallel_state
 
-        self.rank = rank
-        self.world_size = world_size
-        self.device = device
+        super().__init__(rank, world_size, device)
         self._state = parallel_state
 
     @property
@@ -63,24 +57,6 @@ class ParallelGroups:
     def data_size(self) -> int:
         """Size of :attr:`data_group`; the number of oracle workers on a server."""
         return self._state.get_data_parallel_world_size()
-
-    @property
-    def is_main(self) -> bool:
-        """True on the one rank that reports and writes shared files."""
-        return self.rank == 0
-
-    def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's ``value`` on every rank. Collective: every rank must call."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
-        return box[0]
-
-    def barrier(self) -> None:
-        """Wait for all. Collective: every rank must call."""
-        if self.device.type == "cuda":
-            dist.barrier(device_ids=[self.device.index])
-        else:
-            dist.barrier()
 
     def add_to_counter(self, name: str, amount: int) -> int:
         """Add to a number that all ranks share, 0 at first, and return it. Not collective; atomic."""
@@ -147,6 +123,7 @@ def initialize_parallel(
     seed: int,
     timeout_seconds: float = 1800.0,
     init_method: str | None = None,
+    store: dist.Store | None = None,
 ) -> ParallelGroups:
     """Start torch.distributed and megatron-core's parallel state. Collective: every rank of the job must call.
 
@@ -156,6 +133,7 @@ def initialize_parallel(
         seed: seed of megatron-core's random number trackers, the same on every rank.
         timeout_seconds: how long a collective may wait before the job fails.
         init_method: rendezvous; the master address and port of ``environment`` when None.
+        store: what the ranks share already; then there is no rendezvous.
 
     Raises:
         UserError: when the world is not a multiple of ``tensor_model_parallel_size``.
@@ -180,20 +158,22 @@ def initialize_parallel(
         MASTER_ADDR=environment.master_addr,
     )
     if not dist.is_initialized():
-        address = init_method or f"tcp://{environment.master_addr}:{environment.master_port}"
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=address,
-            rank=environment.rank,
-            world_size=environment.world_size,
-            timeout=datetime.timedelta(seconds=timeout_seconds),
-        )
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        meeting: dict[str, Any] = {"init_method": init_method or f"tcp://{environment.master_addr}:{environment.master_port}"}
+        if store is not None:
+            store.set_timeout(timeout)
+            meeting = {"store": store}
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=environment.rank, world_size=environment.world_size, timeout=timeout, **meeting)
     from megatron.core import parallel_state, tensor_parallel
 
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size)
     if device.type == "cuda":
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    else:
+        # Sequence parallelism asks the tracker for its random numbers; this kind of tracker keeps none and needs no GPU.
+        tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     return ParallelGroups(environment.rank, environment.world_size, device)
 
 

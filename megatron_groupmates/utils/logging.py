@@ -32,6 +32,18 @@ class _BesideBars(logging.Handler):
         sys.stderr.flush()
 
 
+def show_package_messages(name: str, rank: int = 0, verbose: bool = False) -> None:
+    """Print the package's messages and leave those of all others as they are; arguments as of :func:`configure_logging`."""
+    package = logging.getLogger("megatron_groupmates")
+    package.handlers.clear()
+    package.propagate = False
+    handler = _BesideBars()
+    label = name if rank == 0 else f"{name}:{rank}"
+    handler.setFormatter(logging.Formatter(f"%(asctime)s [{label}] %(message)s", "%H:%M:%S"))
+    package.addHandler(handler)
+    package.setLevel(logging.DEBUG if verbose else logging.INFO if rank == 0 else logging.WARNING)
+
+
 def configure_logging(name: str, rank: int = 0, verbose: bool = False) -> None:
     """Print the package's messages of rank 0 (warnings of every rank) to standard error.
 
@@ -42,14 +54,7 @@ def configure_logging(name: str, rank: int = 0, verbose: bool = False) -> None:
         rank: global rank of this process.
         verbose: also show debug messages and third-party warnings.
     """
-    package = logging.getLogger("megatron_groupmates")
-    package.handlers.clear()
-    package.propagate = False
-    handler = _BesideBars()
-    label = name if rank == 0 else f"{name}:{rank}"
-    handler.setFormatter(logging.Formatter(f"%(asctime)s [{label}] %(message)s", "%H:%M:%S"))
-    package.addHandler(handler)
-    package.setLevel(logging.DEBUG if verbose else logging.INFO if rank == 0 else logging.WARNING)
+    show_package_messages(name, rank, verbose)
     if not verbose:
         warnings.filterwarnings("ignore")
         for library in _NOISY:

@@ -183,6 +183,13 @@ def test_serving_a_run_without_selection_is_refused(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().err == "error: selection.enabled: false, so there is nothing to serve; set it to true\n"
 
 
+def test_a_run_of_a_users_own_checkout_is_not_trained_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(tiny_config(checkpoint={"format": "megatron_deepspeed"})))
+    assert main(["train", "--config", str(path)]) == 1
+    assert "checkpoint.format: megatron_deepspeed: this run is trained by the checkout it belongs to" in capsys.readouterr().err
+
+
 def test_training_a_finished_run_does_nothing(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,7 +209,7 @@ def test_a_real_process_prints_no_traceback() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
     )
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: --config: missing.yaml does not exist\n")
 
@@ -225,4 +232,4 @@ def test_a_reader_that_leaves_early_causes_no_traceback() -> None:
         assert process.stdout.readline() == "a line of output\n"
         process.stdout.close()
         assert process.stderr.read() == ""
-        assert process.wait(timeout=60) == 1
+        assert process.wait(timeout=500) == 1
