@@ -1,6 +1,12 @@
 """One YAML file -> frozen dataclasses, one section per component."""
 
-from megatron_groupmates.config.checks import check_world_size, ffn_hidden_size, server_tensor_parallel_size
+from megatron_groupmates.config.checks import (
+    check_world_size,
+    ffn_hidden_size,
+    has_gated_mlp,
+    num_positions,
+    server_tensor_parallel_size,
+)
 from megatron_groupmates.config.errors import UserError
 from megatron_groupmates.config.load import (
     config_differences,
@@ -25,7 +31,9 @@ __all__ = [
     "config_to_dict",
     "dump_config",
     "ffn_hidden_size",
+    "has_gated_mlp",
     "learning_rate",
+    "num_positions",
     "oracle_estimator",
     "oracle_learning_rate",
     "parse_config",

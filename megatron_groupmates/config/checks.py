@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_groupmates.config.errors import UserError
 from megatron_groupmates.config.schedule import decay_end, wsd_decay_steps
-from megatron_groupmates.config.sections import Config
+from megatron_groupmates.config.sections import Config, ModelConfig
 
 
 def check_config(config: Config) -> None:
@@ -58,11 +58,7 @@ def _check_model(config: Config) -> None:
         raise UserError(
             f"model.hidden_size: {model.hidden_size} is not a multiple of model.num_attention_heads {model.num_attention_heads}"
         )
-    if model.hidden_size // model.num_attention_heads % 2:
-        raise UserError(
-            f"model.num_attention_heads: {model.num_attention_heads} gives heads of odd size "
-            f"{model.hidden_size // model.num_attention_heads}; rotary embeddings need an even size"
-        )
+    _check_positions(model)
     if model.num_attention_heads % groups:
         raise UserError(f"model.num_query_groups: {groups} does not divide model.num_attention_heads {model.num_attention_heads}")
     for parallel, where in ((tensor, "parallel"), (server_tensor_parallel_size(config), "server")):
@@ -74,13 +70,47 @@ def _check_model(config: Config) -> None:
                 f"{path}: {parallel} does not divide model.vocab_size {model.vocab_size}; pad the vocabulary to a multiple of {parallel}"
             )
         if ffn_hidden_size(config) % parallel:
-            raise UserError(f"{path}: {parallel} does not divide the SwiGLU width {ffn_hidden_size(config)}")
+            raise UserError(f"{path}: {parallel} does not divide the MLP width {ffn_hidden_size(config)}")
+
+
+def _check_positions(model: ModelConfig) -> None:
+    if model.position_embedding_type == "learned_absolute":
+        rows = model.max_position_embeddings
+        if rows is not None and rows < model.sequence_length:
+            raise UserError(
+                f"model.max_position_embeddings: {rows} positions are fewer than the {model.sequence_length} tokens of "
+                "model.sequence_length; raise it, or leave it unset"
+            )
+        return
+    head = model.hidden_size // model.num_attention_heads
+    rotated = int(head * model.rotary_percent)
+    if rotated % 2 and rotated == head:
+        raise UserError(
+            f"model.num_attention_heads: {model.num_attention_heads} gives heads of odd size {head}; rotary embeddings need an even size"
+        )
+    if rotated % 2 or not rotated:
+        raise UserError(
+            f"model.rotary_percent: {model.rotary_percent} of heads of size {head} rotates {rotated} of their dimensions; "
+            "choose a share that makes it an even number above 0"
+        )
+
+
+def has_gated_mlp(config: Config) -> bool:
+    """Whether the first matrix of the MLP is two, gate and up."""
+    return config.model.activation == "swiglu"
+
+
+def num_positions(config: Config) -> int:
+    """Positions that the model has: rows of its table of them where they are learned."""
+    return config.model.max_position_embeddings or config.model.sequence_length
 
 
 def ffn_hidden_size(config: Config) -> int:
-    """SwiGLU width: as set, or DCLM's rule (8/3 of the hidden size, rounded up to a multiple of 256)."""
+    """MLP width: as set, or for swiglu DCLM's rule (8/3 of the hidden size, rounded up to a multiple of 256), else 4 times that size."""
     if config.model.ffn_hidden_size is not None:
         return config.model.ffn_hidden_size
+    if not has_gated_mlp(config):
+        return 4 * config.model.hidden_size
     return 256 * ((8 * config.model.hidden_size // 3 + 255) // 256)
 
 
@@ -100,9 +130,11 @@ def _check_batches(config: Config) -> None:
             f"training.global_batch_size: {training.global_batch_size} is not a multiple of "
             f"training.micro_batch_size {training.micro_batch_size}"
         )
-    if config.optimizer.zero_stage == 3 and config.selection.enabled:
+    tensor, length = config.parallel.tensor_model_parallel_size, config.model.sequence_length
+    if config.parallel.sequence_parallel and length % tensor:
         raise UserError(
-            "optimizer.zero_stage: the selection server does not read ZeRO-3 checkpoints yet; use 1 or 2, or selection.enabled=false"
+            f"parallel.sequence_parallel: model.sequence_length {length} does not divide over parallel.tensor_model_parallel_size {tensor} "
+            f"ranks; choose a multiple of {tensor}, or parallel.sequence_parallel=false"
         )
 
 

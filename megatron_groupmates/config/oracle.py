@@ -21,14 +21,20 @@ def oracle_estimator(config: Config) -> str:
     return "exact" if config.selection.recipe == "paper" else "first_order"
 
 
-def oracle_learning_rate(config: Config, step: int) -> float:
+def oracle_learning_rate(config: Config, step: int, scheduled: float | None = None) -> float:
     """Learning rate of the oracle's steps from the checkpoint of ``step`` optimizer steps.
 
     The oracle's own where it has one, else the trainer's at its next step, for estimators that go by the gradient at the
     checkpoint no higher than :data:`GRADIENT_LEARNING_RATE`.
+
+    Args:
+        config: the run.
+        step: of the checkpoint.
+        scheduled: the trainer's at its next step where the checkpoint says it; None to follow the config's schedule.
     """
     own = config.oracle.learning_rate
     if own is not None:
         return own
-    scheduled = learning_rate(config, step + 1)
+    if scheduled is None:
+        scheduled = learning_rate(config, step + 1)
     return scheduled if oracle_estimator(config) == "exact" else min(scheduled, GRADIENT_LEARNING_RATE)

@@ -55,6 +55,11 @@ class ModelConfig:
     add_bias_linear: bool = setting(False, "biases in the linear layers of attention and MLP")
     position_embedding_type: Literal["rope", "learned_absolute"] = setting("rope", "how positions enter")
     rotary_percent: float = setting(1.0, "rope: share of each head's dimensions that is rotated", minimum=0.0, maximum=1.0)
+    rotary_angles: Literal["positions", "cosines"] = setting(
+        "positions",
+        "rope: angles that queries and keys are rotated by: position x frequency, or the cosines of those, which is what "
+        "Megatron-DeepSpeed computes since it caches rotary embeddings",
+    )
     max_position_embeddings: int | None = setting(
         None, "learned_absolute: rows of the table of positions; sequence_length when unset", minimum=1
     )
@@ -62,7 +67,7 @@ class ModelConfig:
     sequence_length: int = setting(2048, "tokens per training sequence", minimum=2)
     vocab_size: int = setting(50432, "rows of the embedding, padding included", minimum=2)
     rotary_base: int = setting(10000, "base of the rotary position embedding", minimum=2)
-    norm_epsilon: float = setting(1e-5, "epsilon of the RMS norms", minimum=0.0)
+    norm_epsilon: float = setting(1e-5, "epsilon of the norms", minimum=0.0)
     init_std: float = setting(0.02, "standard deviation of the initial weights", minimum=0.0)
     z_loss: float = setting(0.0, "coefficient of the squared log-partition term in the training loss (DCLM: 1e-4)", minimum=0.0)
     transformer_engine: Literal["auto", "off"] = setting("auto", "use Transformer Engine layers where it is installed and a GPU is present")
@@ -72,7 +77,7 @@ class ModelConfig:
 class ParallelConfig:
     """How a model is spread over processes; the rest of the world is data parallel (or oracle workers)."""
 
-    tensor_model_parallel_size: int = setting(1, "ranks that share each layer", minimum=1)
+    tensor_model_parallel_size: int = setting(1, "ranks that share each layer", minimum=1, may_change=True)
     sequence_parallel: bool = setting(
         False, "Megatron's sequence parallelism: tensor-parallel ranks share the activations between layers too", may_change=True
     )
@@ -132,7 +137,7 @@ class TrainingConfig:
 
     train_iters: int = setting(REQUIRED, "optimizer steps of the whole run", minimum=1, may_change=True)
     global_batch_size: int = setting(REQUIRED, "sequences per optimizer step over all ranks", minimum=1)
-    micro_batch_size: int = setting(REQUIRED, "sequences per forward pass and rank", minimum=1)
+    micro_batch_size: int = setting(REQUIRED, "sequences per forward pass and rank", minimum=1, may_change=True)
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 on GPU, fp32 on CPU")
     recompute_granularity: Literal["none", "selective", "full"] = setting(
         "none",
@@ -157,11 +162,11 @@ class OptimizerConfig:
     warmup_iters: int = setting(0, "steps of linear warm-up", minimum=0)
     decay_iters: int | None = setting(None, "step at which the decay ends; train_iters when unset", minimum=1, may_change=True)
     decay_fraction: float = setting(0.2, "wsd: share of decay_iters spent decaying", minimum=0.0, maximum=1.0)
-    weight_decay: float = setting(0.033, "decoupled weight decay of matrices and embeddings; norms have none", minimum=0.0)
+    weight_decay: float = setting(0.033, "decoupled weight decay of matrices and embeddings; norms and biases have none", minimum=0.0)
     beta1: float = setting(0.9, "AdamW beta1", minimum=0.0, maximum=0.9999999)
     beta2: float = setting(0.95, "AdamW beta2", minimum=0.0, maximum=0.9999999)
     epsilon: float = setting(1e-8, "AdamW epsilon", minimum=0.0)
-    zero_stage: Literal[0, 1, 2, 3] = setting(1, "DeepSpeed ZeRO stage")
+    zero_stage: Literal[0, 1, 2, 3] = setting(1, "DeepSpeed ZeRO stage", may_change=True)
 
 
 @dataclass(frozen=True, kw_only=True)

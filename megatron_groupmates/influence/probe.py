@@ -145,6 +145,10 @@ class Probe:
                 offset += parameter.numel()
             self._saved.append(kept)
         self._saved_step = checkpoint.adam_step
+        # torch's Adam, which some trainers use where AdamW is not at hand, decays weights by way of their gradients.
+        decoupled = all(group.get("decoupled_weight_decay", True) for group in checkpoint.param_groups)
+        for group in self._optimizer.param_groups:
+            group["decoupled_weight_decay"] = decoupled
         self.restore()
 
     @torch.no_grad()

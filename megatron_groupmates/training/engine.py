@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,15 @@ from typing import Any
 import deepspeed
 import torch
 
-from megatron_groupmates.config import Config, UserError, config_to_dict
+from megatron_groupmates.checkpoint.discovery import latest_tag
+from megatron_groupmates.checkpoint.zero import ZeroCheckpoint
+from megatron_groupmates.config import Config, UserError, config_to_dict, has_gated_mlp
 from megatron_groupmates.parallel import ParallelGroups, resolve_precision
 from megatron_groupmates.parallel.device import skip_inference_operators
 from megatron_groupmates.training.optimizer import build_optimizer
+from megatron_groupmates.training.resharding import Layout, check_same_model, load_resharded
+
+logger = logging.getLogger(__name__)
 
 
 def checkpoint_tag(step: int) -> str:
@@ -64,7 +70,8 @@ def save(engine: deepspeed.DeepSpeedEngine, config: Config, directory: Path, pro
     Raises:
         OSError: ENOSPC when the disk is full; ``latest`` still names the checkpoint before.
     """
-    client_state = {**dataclasses.asdict(progress), "config": config_to_dict(config), "gated_linear_unit": True}
+    _remove_stale_files(engine.mpu, directory / checkpoint_tag(progress.step))
+    client_state = {**dataclasses.asdict(progress), "config": config_to_dict(config), "gated_linear_unit": has_gated_mlp(config)}
     try:
         engine.save_checkpoint(str(directory), tag=checkpoint_tag(progress.step), client_state=client_state)
     except RuntimeError as error:
@@ -75,19 +82,59 @@ def save(engine: deepspeed.DeepSpeedEngine, config: Config, directory: Path, pro
 
 
 def load(engine: deepspeed.DeepSpeedEngine, directory: Path, tag: str | None) -> Progress:
-    """Restore weights, optimizer state and progress from ``directory``. Collective: every rank must call.
+    """Restore weights, optimizer state and progress from ``directory``, whatever layout they were saved with.
+
+    Collective: every rank must call.
 
     Raises:
-        UserError: when there is no checkpoint of this trainer there.
+        UserError: when there is no checkpoint of this trainer there, or one of another model.
     """
-    if not (directory / "latest").is_file() and tag is None:
+    tag = tag or latest_tag(directory)
+    if tag is None:
         raise UserError(f"checkpoint directory {directory} has no file 'latest': it holds no complete checkpoint")
-    if tag is not None and not (directory / tag).is_dir():
+    if not (directory / tag).is_dir():
         found = ", ".join(sorted(p.name for p in directory.glob("global_step*"))) or "none"
         raise UserError(f"checkpoint {directory / tag} does not exist; found: {found}")
-    path, client_state = engine.load_checkpoint(str(directory), tag=tag)
-    if path is None or "consumed_train_samples" not in client_state:
-        raise UserError(
-            f"{directory} does not hold a checkpoint of this trainer; point checkpoint.load at a directory with a file 'latest'"
-        )
-    return Progress(**{field.name: client_state[field.name] for field in dataclasses.fields(Progress) if field.name in client_state})
+    groups: ParallelGroups = engine.mpu
+    saved, progress = _inspect(engine, groups, directory / tag)
+    layout = Layout.of_engine(engine, groups)
+    if saved == layout:
+        engine.load_checkpoint(str(directory), tag=tag)
+    else:
+        logger.info("checkpoint %s is resharded from %s to %s", directory / tag, saved, layout)
+        load_resharded(engine, ZeroCheckpoint(directory / tag), groups)
+    return progress
+
+
+def _remove_stale_files(groups: ParallelGroups, tag_dir: Path) -> None:
+    """Files of an earlier save of the same step, cut short or rolled back from, may be of ranks that this run has not.
+
+    Collective: every rank must call.
+    """
+    if groups.is_main:
+        for path in tag_dir.glob("*_states.pt"):
+            path.unlink()
+    groups.barrier()
+
+
+def _inspect(engine: deepspeed.DeepSpeedEngine, groups: ParallelGroups, tag_dir: Path) -> tuple[Layout, Progress]:
+    """What the main rank finds of a checkpoint, on every rank; errors as of :func:`load`. Collective: every rank must call."""
+    found: tuple[Layout, Progress] | UserError | None = None
+    if groups.is_main:
+        try:
+            checkpoint = ZeroCheckpoint(tag_dir)
+            state = checkpoint.client_state
+            if "consumed_train_samples" not in state:
+                raise UserError(
+                    f"{tag_dir} does not hold a checkpoint of this trainer; point checkpoint.load at a directory with a file 'latest'"
+                )
+            check_same_model(checkpoint, engine, groups)
+            names = (field.name for field in dataclasses.fields(Progress))
+            found = Layout.of_checkpoint(checkpoint), Progress(**{name: state[name] for name in names if name in state})
+        except UserError as error:
+            found = error
+    found = groups.broadcast_object(found)
+    if isinstance(found, UserError):
+        raise found
+    assert found is not None
+    return found

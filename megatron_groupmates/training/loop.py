@@ -66,7 +66,13 @@ class Trainer:
         self.exclusion = open_exclusion(config, self.pool)
         self.packing = choose_packing(self.pool, config.data.packing, config.model.sequence_length)
         self.rules = DocumentRules.of(config, self.pool.eot_id)
-        model = build_gpt(config, groups, config.parallel.tensor_model_parallel_size, resolve_precision(config.training.precision))
+        model = build_gpt(
+            config,
+            groups,
+            config.parallel.tensor_model_parallel_size,
+            resolve_precision(config.training.precision),
+            for_training=True,
+        )
         self.engine = checkpoints.build_engine(config, model, groups)
         self.step, self.consumed_train_samples = 0, 0
         progress = self._load_checkpoint()
@@ -207,6 +213,7 @@ class Trainer:
             self.config.training.eval_samples,
             self.config.training.micro_batch_size,
             self.groups,
+            self.groups.tensor_size if self.config.parallel.sequence_parallel else 1,
         )
 
     def _record_event(self, row: dict[str, Any]) -> None:
@@ -223,12 +230,13 @@ class Trainer:
         dist.all_reduce(totals, group=self.groups.data_group)
         cross_entropy, squared_log_partition, num_tokens = totals.tolist()
         num_tokens = max(num_tokens, 1.0)  # every sample of the step may have been left out
+        norm = self.engine.get_global_grad_norm()  # None without ZeRO in float32: DeepSpeed clips by it and forgets it
         self.metrics.write(
             {
                 **self._position(),
                 "loss": cross_entropy / num_tokens,
                 "z_loss": self.config.model.z_loss * squared_log_partition / num_tokens,
-                "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+                **({} if norm is None else {"grad_norm": float(norm)}),
                 "learning_rate": rate,
                 "generation": self.order.current.generation(self.consumed_train_samples - 1),
                 "seconds": round(seconds, 4),

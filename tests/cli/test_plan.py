@@ -93,6 +93,17 @@ def test_costs_add_up(run: list[str], capsys: pytest.CaptureFixture[str]) -> Non
     assert facts["selection_share_of_training"] == pytest.approx(3 * total / facts["training"]["flops"])
 
 
+def test_recomputation_costs_time_but_no_training_flops(run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    plain, full = (
+        run_plan(capsys, *run, "--gpus", "2", "--tflops", "0.5", "--set", f"training.recompute_granularity={granularity}")
+        for granularity in ("none", "full")
+    )
+    assert full["training"]["flops"] == plain["training"]["flops"]
+    again = 640 * (plain["training_flops_per_token"] // 3 - 2 * 320 * 32)
+    assert full["training"]["seconds"] == pytest.approx(plain["training"]["seconds"] + again / (2 * 0.5e12))
+    assert full["memory_per_gpu"]["activations"] < plain["memory_per_gpu"]["activations"]
+
+
 def test_a_save_at_the_last_step_is_counted_once(tmp_path: Path) -> None:
     hardware = Hardware(gpus=1, server_gpus=1, flops_per_second=1e12)
     for interval, count in ((5, 4), (7, 3), (20, 1), (100, 1)):

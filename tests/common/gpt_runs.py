@@ -18,6 +18,7 @@ import torch
 from megatron_groupmates.config import Config, config_from_dict
 from megatron_groupmates.pool.index import PoolIndex
 from tests.common.distributed import run_ranks
+from tests.common.once import make_once
 from tests.pool.helpers import make_pool
 
 VOCABULARY, SEQUENCE_LENGTH, BATCH, TRAIN_ITERS = 256, 16, 4, 8
@@ -184,13 +185,10 @@ class TrainedRun:
         return self.config(run__output_dir=str(run), **changes)
 
 
-_trained: dict[int, TrainedRun] = {}
-
-
 def trained_run(tensor_size: int, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     """The run of ``tensor_size`` ranks, trained at the first call of a session."""
-    if tensor_size not in _trained:
-        root = tmp_path_factory.mktemp(f"trained-tp{tensor_size}")
+
+    def make(root: Path) -> TrainedRun:
         make_pools(root)
         tensor = {"parallel__tensor_model_parallel_size": tensor_size}
         plain = {
@@ -200,15 +198,11 @@ def trained_run(tensor_size: int, tmp_path_factory: pytest.TempPathFactory) -> T
             "training__train_iters": 2,
             "selection__enabled": False,
         }
-        run_ranks(
-            train_tiny_runs,
-            tensor_size,
-            [tiny_tree(root, **tensor), tiny_tree(root, **tensor, **plain)],
-            tmp_path=root,
-            timeout_seconds=240,
-        )
-        _trained[tensor_size] = TrainedRun(root, tensor_size)
-    return _trained[tensor_size]
+        trees = [tiny_tree(root, **tensor), tiny_tree(root, **tensor, **plain)]
+        run_ranks(train_tiny_runs, tensor_size, trees, tmp_path=root)
+        return TrainedRun(root, tensor_size)
+
+    return make_once(tmp_path_factory, f"trained-tp{tensor_size}", make)
 
 
 def rows_of_samples(run: TrainedRun, first_sample: int, count: int) -> np.ndarray:

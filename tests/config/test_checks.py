@@ -16,6 +16,12 @@ from tests.common.configs import tiny_config
     [
         ({"model": {"hidden_size": 34}}, ["model.hidden_size: 34", "model.num_attention_heads 4"]),
         ({"model": {"hidden_size": 36, "num_attention_heads": 12}}, ["model.num_attention_heads: 12", "odd size 3", "even size"]),
+        (
+            {"model": {"position_embedding_type": "learned_absolute", "max_position_embeddings": 7}},
+            ["model.max_position_embeddings: 7", "8 tokens", "model.sequence_length"],
+        ),
+        ({"model": {"rotary_percent": 0.4}}, ["model.rotary_percent: 0.4", "heads of size 8", "rotates 3"]),
+        ({"model": {"rotary_percent": 0.0}}, ["model.rotary_percent: 0.0", "rotates 0"]),
         ({"model": {"num_query_groups": 3}}, ["model.num_query_groups: 3", "model.num_attention_heads 4"]),
         ({"parallel": {"tensor_model_parallel_size": 3}}, ["parallel.tensor_model_parallel_size: 3", "4 query groups"]),
         (
@@ -33,10 +39,13 @@ from tests.common.configs import tiny_config
         ),
         (
             {"model": {"ffn_hidden_size": 50}, "parallel": {"tensor_model_parallel_size": 4}},
-            ["parallel.tensor_model_parallel_size: 4", "SwiGLU width 50"],
+            ["parallel.tensor_model_parallel_size: 4", "MLP width 50"],
         ),
         ({"training": {"global_batch_size": 5}}, ["training.global_batch_size: 5", "training.micro_batch_size 2"]),
-        ({"optimizer": {"zero_stage": 3}}, ["optimizer.zero_stage", "use 1 or 2", "selection.enabled=false"]),
+        (
+            {"model": {"sequence_length": 7}, "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+            ["parallel.sequence_parallel: model.sequence_length 7", "parallel.tensor_model_parallel_size 2", "multiple of 2"],
+        ),
         ({"optimizer": {"warmup_iters": 21}}, ["optimizer.warmup_iters: 21", "(20 steps)"]),
         ({"optimizer": {"warmup_iters": 11, "decay_iters": 10}}, ["optimizer.warmup_iters: 11", "(10 steps)"]),
         (
@@ -91,6 +100,9 @@ def test_every_rule_names_the_settings_and_their_values(sections: dict[str, dict
     "sections",
     [
         {"model": {"num_query_groups": 2}, "parallel": {"tensor_model_parallel_size": 2}},
+        {"model": {"sequence_length": 7}, "parallel": {"tensor_model_parallel_size": 2}},
+        {"model": {"sequence_length": 7}, "parallel": {"sequence_parallel": True}},
+        {"optimizer": {"zero_stage": 3}},
         {"optimizer": {"warmup_iters": 20}},
         {"optimizer": {"warmup_iters": 10, "schedule": "wsd", "decay_fraction": 0.5}},
         {"optimizer": {"learning_rate": 1e-5, "min_learning_rate": 1e-5}},
@@ -108,8 +120,8 @@ def test_the_allowed_side_of_each_rule(sections: dict[str, dict[str, Any]]) -> N
 
 
 def test_rules_of_the_selection_do_not_bind_a_run_without_it() -> None:
-    config = tiny_config(selection={"enabled": False, "ratio": 0.0}, data={"reference": None}, optimizer={"zero_stage": 3})
-    assert not config.selection.enabled and config.optimizer.zero_stage == 3
+    config = tiny_config(selection={"enabled": False, "ratio": 0.0}, data={"reference": None})
+    assert not config.selection.enabled and config.selection.ratio == 0.0
 
 
 @pytest.mark.parametrize(("world_size", "tensor", "data"), [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2)])

@@ -184,8 +184,9 @@ def test_differences_leave_out_what_a_resumed_run_may_change() -> None:
     end = saved.training.train_iters
     changed = tiny_config(
         run={"name": "b", "output_dir": "elsewhere"},
-        training={"train_iters": 40, "log_interval": 1},
-        optimizer={"decay_iters": end},
+        training={"train_iters": 40, "log_interval": 1, "micro_batch_size": 4, "recompute_granularity": "full"},
+        optimizer={"decay_iters": end, "zero_stage": 3},
+        parallel={"tensor_model_parallel_size": 2, "sequence_parallel": True},
         server={"tensor_model_parallel_size": 2},
         checkpoint={"save_interval": 7},
     )

@@ -42,5 +42,7 @@ def test_learning_rate(peak: float) -> None:
         assert (rate(estimator=estimator) == 1.0) == (peak == 1e-5)
     config = tiny_config(optimizer={"learning_rate": peak, "min_learning_rate": peak / 10})
     assert oracle_learning_rate(config, STEP) == min(GRADIENT_LEARNING_RATE, learning_rate(config, STEP + 1))
+    exact = tiny_config(oracle={"estimator": "exact"})
+    assert oracle_learning_rate(exact, STEP, 0.25) == 0.25 and oracle_learning_rate(config, STEP, 0.25) == GRADIENT_LEARNING_RATE
     for estimator in ("exact", "first_order", "directional"):
         assert oracle_learning_rate(tiny_config(oracle={"estimator": estimator, "learning_rate": 0.5}), STEP) == 0.5

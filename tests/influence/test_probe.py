@@ -147,7 +147,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(runs: dict[int, TrainedRun], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(two_ranks, 2, runs[2], runs[1], tmp_path=tmp_path_factory.mktemp("ranks"), timeout_seconds=120)
+    return run_ranks(two_ranks, 2, runs[2], runs[1], tmp_path=tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(compute, 2, tmp_path=tmp_path_factory.mktemp("ranks"), timeout_seconds=120)
+    return run_ranks(compute, 2, tmp_path=tmp_path_factory.mktemp("ranks"))
 
 
 def test_initial_weights_do_not_depend_on_the_tensor_parallel_size(one, two):

@@ -66,11 +66,16 @@ def measure(rank: int, world_size: int, root: Path) -> dict[str, Any]:
         model = build_gpt(config, groups, tensor_size, torch.float32)
         expected = {number: one_by_one(model, index, groups, number) for number in (5, NUM_EXAMPLES)}
         found, numbers = [], []
+        shared_config = tiny_config(root, parallel__tensor_model_parallel_size=tensor_size, parallel__sequence_parallel=True)
+        shared = build_gpt(shared_config, groups, tensor_size, torch.float32, for_training=True)
         for batch_size in BATCH_SIZES:
             for number in (5, NUM_EXAMPLES):
                 data = HeldOutData(index, SEQUENCE_LENGTH, number, batch_size, groups)
                 found.append((expected[number], evaluation_loss(model, data, groups, rules)))
                 numbers.append(len(list(data)))
+                padded = HeldOutData(index, SEQUENCE_LENGTH, number, batch_size, groups, length_multiple=tensor_size)
+                assert all(tokens.shape[1] % tensor_size == 0 for tokens, _ in padded)
+                found.append((expected[number], evaluation_loss(shared, padded, groups, rules)))
         gradients = []
         for batch_size in BATCH_SIZES:
             reference = load_reference(index, SEQUENCE_LENGTH, NUM_EXAMPLES, groups.device)
@@ -92,7 +97,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     root = tmp_path_factory.mktemp("heldout")
     make_pools(root)
     make_set(root / "set")
-    return run_ranks(measure, 2, root, tmp_path=root, timeout_seconds=180)
+    return run_ranks(measure, 2, root, tmp_path=root)
 
 
 @pytest.mark.parametrize("case", ["tensor 2", "tensor 1"])
