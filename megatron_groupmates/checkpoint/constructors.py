@@ -72,16 +72,31 @@ VALUES: dict[str, Any] = {
     **{f"torch.{name}": getattr(torch, name) for name in _DTYPES},
 }
 
+_DISTRIBUTED_METADATA = (
+    "Metadata",
+    "MetadataIndex",
+    "StorageMeta",
+    "TensorStorageMetadata",
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "TensorProperties",
+    "_MEM_FORMAT_ENCODING",
+)
 # Classes that DeepSpeed, Megatron and argparse users store whole; instances become records.
 _RECORDS = (
     "argparse.Namespace",
     "types.SimpleNamespace",
     "builtins.object",
     "_io.BytesIO",
+    "signal.Signals",
     "numpy.ndarray",
     "torch.device",
     "torch.Tensor",
     "torch.nn.parameter.Parameter",
+    "torch.serialization._get_layout",
+    *(f"torch.distributed.checkpoint.metadata.{name}" for name in _DISTRIBUTED_METADATA),
+    *(f"torch.distributed.checkpoint.planner.{name}" for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
     "deepspeed.utils.tensor_fragment.fragment_address",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -92,9 +107,14 @@ _RECORDS = (
     "megatron.model.enums.LayerType",
     "megatron.model.enums.PositionEmbeddingType",
     "megatron.core.enums.ModelType",
+    "megatron.core.enums.Fp4Recipe",
+    "megatron.core.enums.Fp8Recipe",
     "megatron.core.transformer.enums.AttnBackend",
     "megatron.core.transformer.enums.AttnMaskType",
     "megatron.core.transformer.enums.AttnType",
+    "megatron.core.transformer.enums.CudaGraphModule",
+    "megatron.core.transformer.enums.CudaGraphScope",
+    "megatron.core.transformer.enums.InferenceCudaGraphScope",
     "megatron.core.transformer.enums.LayerType",
     "megatron.core.transformer.enums.ModelType",
 )

@@ -13,7 +13,11 @@ from megatron_groupmates.config.errors import UserError
 
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(?P<data>\d+)_)?mp_rank_(?P<tensor>\d+)_model_states\.pt")
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<data>\d+)_mp_rank_(?P<tensor>\d+)_optim_states\.pt")
-_UNSUPPORTED = {"*expert_*": "mixture of experts", "expp_rank_*": "mixture of experts", "layer_*": "pipeline parallelism"}
+_UNSUPPORTED = {
+    "*expert_*": "mixture of experts",
+    "expp_rank_*": "mixture of experts",
+    "layer_*": "DeepSpeed's pipeline engine (layer_NN-model_MM-model_states.pt; Megatron-DeepSpeed: add --no-pipeline-parallel)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +38,20 @@ class CheckpointFiles:
 
 
 def latest_tag(checkpoint_dir: Path | str) -> str | None:
-    """The tag in ``latest``, which DeepSpeed writes when all ranks are done; None before the first checkpoint."""
-    path = Path(checkpoint_dir) / "latest"
-    if not path.is_file():
-        return None
-    return path.read_text().strip() or None
+    """The newest complete checkpoint's tag, by the file that its trainer writes when all ranks are done; None before the first.
+
+    DeepSpeed writes ``latest``. Without it the file may be Megatron-LM's, which names an iteration.
+    """
+    path, tracker = Path(checkpoint_dir) / "latest", Path(checkpoint_dir) / "latest_checkpointed_iteration.txt"
+    if path.is_file():
+        return path.read_text().strip() or None
+    iteration = tracker.read_text().strip() if tracker.is_file() else ""
+    return f"iter_{int(iteration):07d}" if iteration.isdigit() else None
+
+
+def tag_of(step: int, newest: str) -> str:
+    """The tag of a step in a directory whose newest tag is ``newest``."""
+    return f"iter_{step:07d}" if newest.startswith("iter_") else f"global_step{step}"
 
 
 def tag_step(tag: str) -> int | None:
@@ -111,13 +124,16 @@ def check_complete(tag_dir: Path | str) -> None:
         UserError: saying what is missing, damaged, mixed, or still being written.
     """
     tag_dir = Path(tag_dir)
-    files = find_files(tag_dir)
+    # Megatron-LM's hold no DeepSpeed files: they are whole when they are announced, and their reader checks what it reads.
+    files = None if tag_dir.name.startswith("iter_") else find_files(tag_dir)
     latest = latest_tag(tag_dir.parent)
     if not _announced(tag_dir.name, latest):
         names = f"names {latest}" if latest else "does not exist yet"
         raise UserError(
             f"checkpoint {tag_dir} is still being written: {tag_dir.parent / 'latest'} {names}; wait for its writer, or use an earlier tag"
         )
+    if files is None:
+        return
     first = load_model_state(files.model[0, 0])
     for path in files.model.values():
         state = load_model_state(path)

@@ -37,6 +37,27 @@ class ExportedTensor:
     cut: Callable[[torch.Tensor], torch.Tensor]
 
 
+def check_architecture(config: Config) -> None:
+    """Return when the run's model is one that the exported architecture computes.
+
+    Raises:
+        UserError: naming the first setting that it has no place for, and its value.
+    """
+    needed: dict[str, Any] = {
+        "activation": "swiglu",
+        "normalization": "RMSNorm",
+        "qk_layernorm": True,
+        "add_bias_linear": False,
+        "position_embedding_type": "rope",
+        "rotary_percent": 1.0,
+        "rotary_angles": "positions",
+        "untie_embeddings_and_output_weights": True,
+    }
+    for name, value in needed.items():
+        if (own := getattr(config.model, name)) != value:
+            raise UserError(f"model.{name}: {own}: the export is to {ARCHITECTURE}, which computes a model with {value} alone")
+
+
 def hugging_face_config(config: Config, vocab_size: int, dtype: torch.dtype, eot_id: int | None) -> dict[str, Any]:
     """The content of ``config.json``.
 

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 
 from megatron_groupmates.checkpoint.discovery import check_complete, latest_tag
-from megatron_groupmates.checkpoint.export import ExportedTensor, check_parameters, exported_tensors, has_fused_norms, hugging_face_config
+from megatron_groupmates.checkpoint.export import (
+    ExportedTensor,
+    check_architecture,
+    check_parameters,
+    exported_tensors,
+    has_fused_norms,
+    hugging_face_config,
+)
 from megatron_groupmates.checkpoint.zero import ZeroCheckpoint
 from megatron_groupmates.config import Config, RunPaths, config_from_dict, config_to_dict
 from megatron_groupmates.config.errors import UserError
@@ -110,6 +117,7 @@ def export_checkpoint(
             f"tokenizer {tokenizer.name} has {vocab_size} tokens, the model's vocabulary {rows} rows: it is not the tokenizer of "
             "this run's pool; give that one (--tokenizer)"
         )
+    check_architecture(config)
     tensors = exported_tensors(config, vocab_size, has_fused_norms(checkpoint.names))
     check_parameters(tensors, checkpoint.names, checkpoint.shape, checkpoint.path)
     files, index = shards(tensors, options)

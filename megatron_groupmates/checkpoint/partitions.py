@@ -208,9 +208,18 @@ def model_parameters(model_state: dict[str, Any]) -> dict[str, torch.Tensor]:
     buffers = set(model_state.get("buffer_names") or ())
     return {
         name: value
-        for name, value in model_state["module"].items()
+        for name, value in _by_full_name(model_state["module"])
         if isinstance(value, torch.Tensor) and name not in buffers and not name.endswith("_extra_state")
     }
+
+
+def _by_full_name(module: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Entries of a saved module with their full names; Megatron-DeepSpeed saves modules within modules."""
+    for name, value in module.items():
+        if isinstance(value, dict) and not name.endswith("_extra_state"):
+            yield from _by_full_name(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def shared_names(model_state: dict[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_groupmates.checkpoint.archive import TorchArchive
+from megatron_groupmates.checkpoint.archive import PlainPickle, TorchArchive
 from megatron_groupmates.checkpoint.constructors import (
     CONSTRUCTORS,
     VALUES,
@@ -80,25 +80,29 @@ def load(path: Path | str) -> Any:
     Raises:
         UserError: when the file is damaged, or mentions a name outside the closed list.
     """
-    archive = TorchArchive(Path(path))
+    return read(TorchArchive(Path(path)), str(path))
+
+
+def read(archive: TorchArchive | PlainPickle, where: str) -> Any:
+    """As :func:`load`, of an archive that is open already; ``where`` names it in messages."""
     try:
         return _Interpreter(archive).run()
     except Refused as refusal:
         raise UserError(
-            f"{path}: refused: the file wants to create or call '{refusal}', which no DeepSpeed checkpoint "
+            f"{where}: refused: the file wants to create or call '{refusal}', which no checkpoint of DeepSpeed or Megatron "
             "needs. Nothing of it was run. If it is part of your own client_state, save it as numbers, "
             "strings, lists, dictionaries or tensors instead"
         ) from None
     except UserError:
         raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
-        raise UserError(f"{path} is damaged: its pickle cannot be read ({type(error).__name__}: {error})") from error
+        raise UserError(f"{where} is damaged: its pickle cannot be read ({type(error).__name__}: {error})") from error
 
 
 class _Interpreter:
     """State of one run: the stack, the marks on it and the memo."""
 
-    def __init__(self, archive: TorchArchive) -> None:
+    def __init__(self, archive: TorchArchive | PlainPickle) -> None:
         self._archive = archive
         self._stack: list[Any] = []
         self._marks: list[int] = []
@@ -214,8 +218,10 @@ def _construct(target: Any, arguments: Any) -> Any:
 
 def _build(target: Any, state: Any) -> None:
     """BUILD: only data objects take a state, and only one that is data."""
-    if type(target) is Record:
-        members, slots = state if type(state) is tuple and len(state) == 2 else (state, None)
+    if type(target) is Record and type(state) is tuple and len(state) != 2:
+        target.args = state  # of a class that restores itself from a tuple
+    elif type(target) is Record:
+        members, slots = state if type(state) is tuple else (state, None)
         target.fields.update(members or {})
         target.fields.update(slots or {})
     elif type(target) is np.ndarray:

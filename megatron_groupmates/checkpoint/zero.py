@@ -45,7 +45,7 @@ class ZeroCheckpoint:
     returns. An instance can be used by one thread at a time.
 
     Attributes:
-        step: training steps taken (DeepSpeed's ``global_steps``).
+        step: training steps taken: what the trainer says (``client_state["step"]``), else DeepSpeed's ``global_steps``.
         adam_step: the step of Adam's bias correction. It differs from ``step`` after skipped steps, and DeepSpeed's
             16-bit optimizer without ZeRO starts it at 1.
         zero_stage: 0 to 3, by the files: DeepSpeed 0.16 writes those of ZeRO-1 in bf16 without ZeRO too.
@@ -70,8 +70,8 @@ class ZeroCheckpoint:
         self._slices: dict[int, dict[str, partitions.LocalParameter]] = {}
 
         state = load_model_state(self._files.model[0, 0])
-        self.step: int = state["global_steps"]
         self.client_state: dict[str, Any] = {key: value for key, value in state.items() if key not in _DEEPSPEED_KEYS}
+        self.step: int = self.client_state.get("step", state["global_steps"])
         optimizer = state["optimizer"] or load_optimizer_state(self._files.optimizer[0, 0])
         self.zero_stage = 0 if state["optimizer"] else _stage(optimizer)
         self.adam_step = partitions.adam_step(optimizer)
@@ -84,6 +84,21 @@ class ZeroCheckpoint:
         self._check_frozen()
         for index, group in enumerate(self.param_groups):
             group["param_names"] = [name for name, parameter in self._local(0).items() if parameter.group == index]
+
+    @property
+    def consumed_train_samples(self) -> int:
+        """Samples that training had taken when it saved this."""
+        return int(self.client_state["consumed_train_samples"])
+
+    @property
+    def next_learning_rate(self) -> float | None:
+        """Of the next optimizer step where the checkpoint says it; None where the trainer sets it just before by its schedule."""
+        return None
+
+    @property
+    def left_out_of_oracles(self) -> list[str]:
+        """One line for each thing that this trainer does and an oracle's step does not."""
+        return []
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the whole parameter ``name``.

@@ -46,12 +46,14 @@ class RoundInput:
         tag_dir: the checkpoint's directory.
         step: the checkpoint's.
         consumed_train_samples: global samples trained on at the checkpoint.
+        learning_rate: the trainer's at its next step where the checkpoint says it; None to follow the config's schedule.
     """
 
     number: int
     tag_dir: Path
     step: int
     consumed_train_samples: int
+    learning_rate: float | None = None
 
     @property
     def tag(self) -> str:
@@ -88,7 +90,7 @@ class RoundContext:
     @property
     def oracle_learning_rate(self) -> float:
         """Of the oracle's steps from this checkpoint."""
-        return oracle_learning_rate(self.config, self.input.step)
+        return oracle_learning_rate(self.config, self.input.step, self.input.learning_rate)
 
     def begin(self, reference_pool: PoolIndex) -> None:
         """Bind the directory to this checkpoint, data and settings; work for others is moved aside. Collective."""

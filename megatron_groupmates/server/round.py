@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_groupmates import __version__
-from megatron_groupmates.checkpoint.zero import ZeroCheckpoint
+from megatron_groupmates.checkpoint.opening import open_checkpoint
 from megatron_groupmates.config import config_to_dict, server_tensor_parallel_size
 from megatron_groupmates.influence.encoder import Encoder
 from megatron_groupmates.influence.probe import Probe
@@ -75,7 +75,7 @@ def load_probe(context: RoundContext, reference_pool: PoolIndex) -> tuple[Probe,
         reference = load_reference(reference_pool, config.model.sequence_length, config.oracle.reference_samples, groups.device)
         rules = DocumentRules.of(config, context.pool.eot_id)
         probe = Probe(model, config, groups, reference, config.oracle.reference_batch_size, rules, context.stopwatch)
-        probe.load(ZeroCheckpoint(context.input.tag_dir))
+        probe.load(open_checkpoint(config, context.input.tag_dir))
         return probe, build_encoder(config, model, context.pool, groups.device)
 
     with context.bookkeeping("load_checkpoint", 0.0):

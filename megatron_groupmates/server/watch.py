@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_groupmates.checkpoint.discovery import check_complete, latest_tag, tag_step
-from megatron_groupmates.checkpoint.zero import ZeroCheckpoint
+from megatron_groupmates.checkpoint.discovery import check_complete, latest_tag, tag_of, tag_step
+from megatron_groupmates.checkpoint.opening import open_checkpoint
 from megatron_groupmates.config import Config, RunPaths, UserError, config_to_dict, refresh_number, refresh_steps
 from megatron_groupmates.parallel import ParallelGroups
 from megatron_groupmates.pool.contexts import choose_packing
@@ -91,18 +91,20 @@ def _try_round(
 ) -> bool:
     try:
         check_complete(tag_dir)
-        checkpoint = ZeroCheckpoint(tag_dir)
-        consumed_samples = int(checkpoint.client_state["consumed_train_samples"])
+        checkpoint = open_checkpoint(config, tag_dir)
         given = RoundInput(
             number=number,
             tag_dir=tag_dir,
-            step=int(checkpoint.client_state["step"]),
-            consumed_train_samples=consumed_samples,
+            step=checkpoint.step,
+            consumed_train_samples=checkpoint.consumed_train_samples,
+            learning_rate=checkpoint.next_learning_rate,
         )
         context = RoundContext(config, groups, pool, given, exclusion)
         if groups.is_main:
+            for line in checkpoint.left_out_of_oracles:
+                logger.info("round %d: %s", number, line)
             paths.round_failure(number).unlink(missing_ok=True)
-        run_round(context, reference, _consumed_rows(config, pool, exclusion, consumed_samples))
+        run_round(context, reference, _consumed_rows(config, pool, exclusion, given.consumed_train_samples))
     except UserError as error:
         # Raised alike on every rank; anything else ends the job and is a matter for a restart.
         logger.error("round %d failed, the old generation stays live: %s", number, error)
@@ -120,7 +122,9 @@ def _consumed_rows(config: Config, pool: PoolIndex, exclusion: Exclusion, consum
     """
     paths = generation_log_source(config)
     entries = read_log(paths.generation_log) or (LogEntry(generation=0, effective_sample=0, epoch=0, digest=""),)
-    entries = tuple(entry for entry in entries if entry.effective_sample < max(1, consumed_train_samples))
+    # A log may begin at the checkpoint or after it: selection was switched on there, and nothing of the pool is consumed yet.
+    consumed_train_samples = max(consumed_train_samples, entries[0].effective_sample)
+    entries = entries[:1] + tuple(entry for entry in entries[1:] if entry.effective_sample < consumed_train_samples)
     masks = {0: np.ones(pool.num_samples, dtype=bool)}
     masks |= {number: load_generation(paths.selection, number, pool).mask for number in {entry.generation for entry in entries} - {0}}
     packing = choose_packing(pool, config.data.packing, config.model.sequence_length)
@@ -197,7 +201,8 @@ def _complete_checkpoints(config: Config, paths: RunPaths) -> dict[int, Path]:
     """Step to directory of each planned refresh's complete checkpoint: the run's own, and the one it branches from."""
     newest = latest_tag(paths.checkpoints)
     last = -1 if newest is None else tag_step(newest)
-    own = {step: paths.checkpoints / f"global_step{step}" for step in refresh_steps(config) if step <= last}
+    planned = [] if newest is None else [step for step in refresh_steps(config) if step <= last]
+    own = {step: paths.checkpoints / tag_of(step, newest) for step in planned}
     found = {step: path for step, path in own.items() if path.is_dir()}
     if config.checkpoint.load is not None:
         parent = Path(config.checkpoint.load)

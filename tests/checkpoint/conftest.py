@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.common.distributed import RankFailure, run_ranks
+from tests.common.distributed import run_ranks
+from tests.common.once import make_once
 from tests.common.zero_checkpoints import Recipe, write_checkpoints
 
 # Every layout writes these; the last ones only where they add something.
@@ -40,33 +43,19 @@ class Saved:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Saved]:
     """``saved(tensor_size, data_size)``."""
 
-    # A failed launch is kept as well: repeating it for every test would only take longer.
-    launches: dict[tuple[int, int], Saved | RankFailure] = {}
+    @functools.cache
+    def read_or_write(tensor_size: int, data_size: int) -> Saved:
+        recipes = RECIPES + (EXTRA_RECIPES + REFUSED_RECIPES if data_size == 2 else [])
 
-    def write(tensor_size: int, data_size: int) -> Saved:
-        layout = tensor_size, data_size
-        if layout not in launches:
-            root = tmp_path_factory.mktemp(f"tp{tensor_size}-dp{data_size}")
-            recipes = RECIPES + (EXTRA_RECIPES + REFUSED_RECIPES if data_size == 2 else [])
-            try:
-                held = run_ranks(
-                    write_checkpoints,
-                    tensor_size * data_size,
-                    tensor_size,
-                    recipes,
-                    str(root / "checkpoints"),
-                    tmp_path=root,
-                    timeout_seconds=200,
-                )
-                launches[layout] = Saved(root / "checkpoints", held[:tensor_size])
-            except RankFailure as failure:
-                launches[layout] = failure
-        outcome = launches[layout]
-        if isinstance(outcome, RankFailure):
-            raise outcome
-        return outcome
+        def write(root: Path) -> tuple[Path, list[Any]]:
+            directory = root / "checkpoints"
+            num_ranks = tensor_size * data_size
+            held = run_ranks(write_checkpoints, num_ranks, tensor_size, recipes, str(directory), tmp_path=root)
+            return directory, held[:tensor_size]
 
-    return write
+        return Saved(*make_once(tmp_path_factory, f"tp{tensor_size}-dp{data_size}", write))
+
+    return read_or_write
 
 
 @pytest.fixture

@@ -146,7 +146,10 @@ def test_two_files_of_one_rank(copy_of):
 @pytest.mark.parametrize(
     ("file", "what"),
     [
-        ("layer_00-model_00-model_states.pt", "pipeline parallelism"),
+        (
+            "layer_00-model_00-model_states.pt",
+            r"DeepSpeed's pipeline engine \(layer_NN-model_MM-model_states\.pt; .*--no-pipeline-parallel\)",
+        ),
         ("expp_rank_0_mp_rank_00_optim_states.pt", "mixture of experts"),
         ("layer_0_expert_1_mp_rank_00_model_states.pt", "mixture of experts"),
     ],

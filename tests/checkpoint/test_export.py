@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_groupmates.checkpoint.export import check_parameters, exported_tensors, has_fused_norms, hugging_face_config, split_qkv
+from megatron_groupmates.checkpoint.export import (
+    check_architecture,
+    check_parameters,
+    exported_tensors,
+    has_fused_norms,
+    hugging_face_config,
+    split_qkv,
+)
 from megatron_groupmates.checkpoint.export_directory import ExportOptions, config_of_checkpoint, shards
 from megatron_groupmates.config.errors import UserError
 from tests.common.configs import tiny_config
@@ -60,6 +67,25 @@ def test_transformer_engine_names_carry_the_norms() -> None:
             ("post_attention_layernorm.weight", "mlp.linear_fc1"),
         )
     }
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("activation", "gelu"),
+        ("normalization", "LayerNorm"),
+        ("qk_layernorm", False),
+        ("add_bias_linear", True),
+        ("position_embedding_type", "learned_absolute"),
+        ("rotary_percent", 0.5),
+        ("rotary_angles", "cosines"),
+        ("untie_embeddings_and_output_weights", False),
+    ],
+)
+def test_another_architecture_is_refused_by_its_setting(setting: str, value: object) -> None:
+    check_architecture(tiny_config())
+    with pytest.raises(UserError, match=rf"model\.{setting}: {value}: the export is to Qwen3ForCausalLM"):
+        check_architecture(tiny_config(model={setting: value}))
 
 
 def test_a_model_with_biases_or_without_qk_norms_is_refused() -> None:

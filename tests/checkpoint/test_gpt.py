@@ -87,7 +87,7 @@ def load_and_compute(rank: int, world_size: int, directory: str) -> tuple[torch.
 
 def test_two_ranks_save_what_one_rank_computes_with(tmp_path):
     directory = str(tmp_path / "checkpoints")
-    expected, _ = run_ranks(train_and_save, 2, directory, tmp_path=tmp_path, timeout_seconds=120)
-    [(logits, changed)] = run_ranks(load_and_compute, 1, directory, tmp_path=tmp_path, timeout_seconds=120)
+    expected, _ = run_ranks(train_and_save, 2, directory, tmp_path=tmp_path)
+    [(logits, changed)] = run_ranks(load_and_compute, 1, directory, tmp_path=tmp_path)
     assert changed
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)

@@ -406,7 +406,7 @@ def two_ranks(trained: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> 
         "main_fails": trained.copy(root / "e", STEP),
         "one_rank_fails": trained.copy(root / "f", STEP),
     }
-    return TwoRanks(configs, run_ranks(serve_each, 2, configs, tmp_path=root, timeout_seconds=200))
+    return TwoRanks(configs, run_ranks(serve_each, 2, configs, tmp_path=root))
 
 
 class TestTwoRanks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from megatron_groupmates.config import Config, RunPaths, UserError
 from megatron_groupmates.pool.exclusion import Exclusion
 from megatron_groupmates.pool.generation import load_generation, publish, read_pointer, read_provenance, write_generation
 from megatron_groupmates.pool.index import PoolIndex
-from megatron_groupmates.pool.log import LogEntry, append_entry
+from megatron_groupmates.pool.log import LogEntry, append_entry, read_log
 from megatron_groupmates.server import watch
 from megatron_groupmates.utils.files import read_json, sha256_file
 from megatron_groupmates.utils.tracking import Tracker
@@ -261,6 +262,15 @@ class TestConsumedRows:
         some = watch._consumed_rows(config, pool, exclusion, 8)
         assert some.sum() == 48 + 8 and some[exclusion.mask].all()
         assert np.array_equal(watch._consumed_rows(config, pool, exclusion, pool.num_samples - 48), exclusion.mask)
+
+    def test_are_counted_from_where_selection_was_switched_on(self, trained, tmp_path):
+        config = trained.copy(tmp_path, FIRST)
+        pool, log = PoolIndex.open(config.data.pool), paths(config).generation_log
+        (entry,) = read_log(log)
+        log.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(entry, effective_sample=100))) + "\n")
+        for checkpoint in (40, 100):
+            assert not watch._consumed_rows(config, pool, Exclusion(), checkpoint).any()
+        assert watch._consumed_rows(config, pool, Exclusion(), 108).sum() == 8
 
     def test_are_none_at_the_start(self, trained, tmp_path):
         config = trained.copy(tmp_path, FIRST)
