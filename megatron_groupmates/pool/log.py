@@ -6,6 +6,9 @@ append-only. An entry is in force from its ``effective_sample`` on, until the ne
 - an *adoption* names a generation and keeps the epoch of the entry before it;
 - an *epoch entry* keeps the generation and the digest of the entry before it and raises the epoch by one.
 
+The first entry is in force from sample 0. In a run that switched selection on later it is generation 0 from the sample at
+which that was: those before it came from elsewhere, and the log says nothing of them.
+
 What the entries mean for the order of samples is said in :mod:`megatron_groupmates.pool.order`.
 """
 
@@ -42,7 +45,7 @@ def validate_entries(entries: Sequence[LogEntry]) -> None:
     """Check what can be checked without the pool.
 
     Raises:
-        UserError: the first entry is not in force from sample 0, a later one goes back in samples or in epoch, an
+        UserError: the first entry is neither in force from sample 0 nor generation 0, a later one goes back in samples or in epoch, an
             epoch rises by more than one or together with a change of generation, or one generation has two digests.
     """
     digests: dict[int, str] = {}
@@ -53,10 +56,10 @@ def validate_entries(entries: Sequence[LogEntry]) -> None:
                 f"an earlier entry says {digests[entry.generation]}"
             )
         if number == 0:
-            if entry.effective_sample != 0 or entry.epoch != 0:
+            if entry.epoch != 0 or (entry.effective_sample != 0 and entry.generation != 0):
                 raise UserError(
-                    f"generation log: the first entry must be in force from sample 0 in epoch 0, it says "
-                    f"sample {entry.effective_sample} in epoch {entry.epoch}"
+                    "generation log: the first entry must be in force from sample 0 in epoch 0, or be generation 0 where selection was "
+                    f"switched on; it is generation {entry.generation} from sample {entry.effective_sample} in epoch {entry.epoch}"
                 )
             continue
         before = entries[number - 1]

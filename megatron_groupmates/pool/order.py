@@ -30,6 +30,8 @@ segment's documents, which begins with a whole document in every segment. A segm
 - "No row is eligible" above reads "the eligible rows do not fill a context". A generation whose rows do not fill one context
   together is an error.
 
+The first entry's ``effective_sample`` is the first sample of the order; there is nothing to look up below it.
+
 An entry changes nothing before its ``effective_sample``, so a log that has grown gives the same samples for all it
 already covered, and a replay after a roll-back repeats them exactly.
 """
@@ -319,7 +321,7 @@ class SampleOrder:
             (rows int64[count], generations int64[count]): the pool row of each and the generation that serves it.
 
         Raises:
-            IndexError: the range begins below 0 or goes past :meth:`exhausted_at`, where an epoch entry is missing.
+            IndexError: the range begins below the first entry or goes past :meth:`exhausted_at`, where an epoch entry is missing.
         """
         spans = self._spans(first_sample, count)
         rows = np.empty(count, dtype=np.int64)
@@ -361,8 +363,9 @@ class SampleOrder:
     def _spans(self, first_sample: int, count: int) -> list[tuple[_Segment, int, int]]:
         """Segments that serve these global samples, each with the first of its own samples and one past the last."""
         stop = first_sample + count
-        if first_sample < 0 or count < 0:
-            raise IndexError(f"no global samples from {first_sample}, count {count}")
+        begin = self._segments[0].entry.effective_sample
+        if first_sample < begin or count < 0:
+            raise IndexError(f"no global samples from {first_sample}, count {count}: the order begins at {begin}")
         if stop > self.exhausted_at():
             raise IndexError(
                 f"global samples {first_sample} to {stop - 1} asked for, but generation "
@@ -385,10 +388,11 @@ class SampleOrder:
         Excluded rows are always among them.
 
         Raises:
-            IndexError: ``sample`` is below 0 or above :meth:`exhausted_at`.
+            IndexError: ``sample`` is below the first entry's or above :meth:`exhausted_at`.
         """
-        if not 0 <= sample <= self.exhausted_at():
-            raise IndexError(f"global sample {sample} is not between 0 and {self.exhausted_at()}")
+        begin = self._segments[0].entry.effective_sample
+        if not begin <= sample <= self.exhausted_at():
+            raise IndexError(f"global sample {sample} is not between {begin} and {self.exhausted_at()}")
         number = self._segment_at(sample)
         segment = self._segments[number]
         served = self._served(number, sample - segment.entry.effective_sample)

@@ -32,8 +32,13 @@ def trace(index: PoolIndex, order: SampleOrder, start: int, stop: int, skips: Se
 
     Raises:
         IndexError: the log does not reach ``stop``.
-        UserError: a sample cannot be read.
+        UserError: a sample cannot be read, or is one of those before selection was switched on in the run.
     """
+    if start < (begin := order.entries[0].effective_sample):
+        raise UserError(
+            f"sample {start} was trained on before selection was switched on at sample {begin}: it did not come from the pool; "
+            f"trace from {begin} on"
+        )
     reader = PoolReader(index)
     for first in range(start, stop, _NUM_SAMPLES):
         contexts = order.contexts(first, min(_NUM_SAMPLES, stop - first))

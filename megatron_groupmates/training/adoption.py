@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_groupmates.config import Config, RunPaths, UserError, refresh_steps
-from megatron_groupmates.parallel import ParallelGroups
+from megatron_groupmates.parallel import Job, ParallelGroups
 from megatron_groupmates.pool.exclusion import Exclusion
 from megatron_groupmates.pool.generation import POINTER_FILE, Generation, load_generation, publish, read_pointer, write_generation
 from megatron_groupmates.pool.index import PoolIndex
@@ -43,17 +43,45 @@ def open_generation_log(
         UserError: a generation of the log is missing, damaged or of another pool, or generation 0 was made with another
             exclusion.
     """
-    paths = RunPaths.of(config)
-    if groups.is_main and not read_log(paths.generation_log):
-        _start_log(config, paths, pool, exclusion, consumed_train_samples)
+    if groups.is_main:
+        start_generation_log(config, pool, exclusion, consumed_train_samples)
     groups.barrier()
+    return read_generation_log(config, pool, exclusion, consumed_train_samples)
+
+
+def read_generation_log(
+    config: Config, pool: PoolIndex, exclusion: Exclusion, consumed_train_samples: int
+) -> tuple[tuple[LogEntry, ...], dict[int, np.ndarray]]:
+    """The log that :func:`start_generation_log` has begun, and the masks of its generations; any rank may call by itself.
+
+    Raises:
+        UserError: as :func:`open_generation_log`, or the log begins after the consumed samples.
+    """
+    paths = RunPaths.of(config)
     entries = read_log(paths.generation_log)
+    if entries[0].effective_sample > consumed_train_samples:
+        raise UserError(
+            f"{paths.generation_log} begins at sample {entries[0].effective_sample}, where selection was switched on, but training "
+            f"goes on from sample {consumed_train_samples}, before it; go on from a later checkpoint, or start with a new directory"
+        )
     generations = {number: _load_logged(paths, number, entries, pool) for number in {entry.generation for entry in entries}}
     _check_exclusion(paths, generations[0], exclusion)
     return entries, {number: generation.mask for number, generation in generations.items()}
 
 
-def _start_log(config: Config, paths: RunPaths, pool: PoolIndex, exclusion: Exclusion, consumed_train_samples: int) -> None:
+def start_generation_log(config: Config, pool: PoolIndex, exclusion: Exclusion, consumed_train_samples: int, first_sample: int = 0) -> None:
+    """Begin the run's log where it has none; rank 0 alone calls.
+
+    Args:
+        config: the run.
+        pool: its pool.
+        exclusion: its exclusion.
+        consumed_train_samples: the part of the log of a run that this one branches from is inherited up to there.
+        first_sample: where a log that inherits nothing begins: the samples before it did not come from the pool.
+    """
+    paths = RunPaths.of(config)
+    if read_log(paths.generation_log):
+        return
     parent = generation_log_source(config)
     inherited = tuple(entry for entry in read_log(parent.generation_log) if entry.effective_sample < consumed_train_samples)
     for number in sorted({entry.generation for entry in inherited}):
@@ -65,7 +93,8 @@ def _start_log(config: Config, paths: RunPaths, pool: PoolIndex, exclusion: Excl
         if not (paths.selection / "generation-000000").exists():
             rows = None if exclusion.mask is None else np.flatnonzero(~exclusion.mask)
             write_generation(paths.selection, 0, pool, rows, {"method": "all", "seed": config.run.seed, **exclusion.provenance})
-        inherited = (LogEntry(generation=0, effective_sample=0, epoch=0, digest=load_generation(paths.selection, 0, pool).digest),)
+        digest = load_generation(paths.selection, 0, pool).digest
+        inherited = (LogEntry(generation=0, effective_sample=first_sample, epoch=0, digest=digest),)
     write_text(paths.generation_log, "".join(json.dumps(dataclasses.asdict(entry)) + "\n" for entry in inherited))
     if not (paths.selection / POINTER_FILE).exists():
         publish(paths.selection, inherited[-1].generation)
@@ -103,7 +132,7 @@ class GenerationAdopter:
         config: the run.
         pool: the run's pool.
         order: the order to extend.
-        groups: this rank's groups.
+        groups: the trainer's ranks.
         on_event: called on every rank with a metrics row for each adoption or fruitless wait. An adoption's ``seconds``
             is how long training stood still for it, ``prepare_seconds`` what this rank did in the background.
     """
@@ -113,7 +142,7 @@ class GenerationAdopter:
         config: Config,
         pool: PoolIndex,
         order: LiveOrder,
-        groups: ParallelGroups,
+        groups: Job,
         on_event: Callable[[dict[str, Any]], None],
     ) -> None:
         self._config = config

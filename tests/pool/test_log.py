@@ -61,8 +61,8 @@ def test_a_full_disk_leaves_the_log_as_it_was(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([line(effective_sample=5)], "must be in force from sample 0 in epoch 0, it says sample 5"),
-        ([line(epoch=1)], "must be in force from sample 0 in epoch 0, it says sample 0 in epoch 1"),
+        ([line(1, 5)], "must be in force from sample 0 in epoch 0, .* it is generation 1 from sample 5 in epoch 0"),
+        ([line(epoch=1)], "must be in force from sample 0 in epoch 0, .* it is generation 0 from sample 0 in epoch 1"),
         ([line(), line(effective_sample=9), line(effective_sample=8)], "entry 2: effective_sample 8 is below .* 9"),
         ([line(), line(effective_sample=9, epoch=2)], "epoch 2 does not follow 0"),
         ([line(), line(effective_sample=9, epoch=1), line(effective_sample=9)], "epoch 0 does not follow 1"),

@@ -276,6 +276,21 @@ def test_adoption_without_eligible_rows_begins_a_new_window() -> None:
     assert order.consumed(6).sum() == 1
 
 
+def test_an_order_may_begin_later() -> None:
+    """Selection was switched on at sample 5: nothing is consumed there, and there is nothing before."""
+    masks = masks_of(6, [0, 1, 2, 3, 4, 5], [0, 3])
+    late = SampleOrder(6, 9, [entry(0, 5), entry(1, 8)], masks)
+    early = SampleOrder(6, 9, [entry(0, 0), entry(1, 3)], masks)
+    np.testing.assert_array_equal(late.rows(5, 4)[0], early.rows(0, 4)[0])
+    assert late.exhausted_at() == early.exhausted_at() + 5
+    assert late.consumed(5).sum() == 0
+    np.testing.assert_array_equal(late.consumed(8), early.consumed(3))
+    with pytest.raises(IndexError, match="no global samples from 4, count 2: the order begins at 5"):
+        late.rows(4, 2)
+    with pytest.raises(IndexError, match="global sample 4 is not between 5 and"):
+        late.consumed(4)
+
+
 def test_past_the_end_is_an_error() -> None:
     order = SampleOrder(4, 0, [entry(0, 0)], masks_of(4, [0, 1, 2]))
     with pytest.raises(IndexError, match="generation 0 runs out at 3: an epoch entry must be committed first"):
@@ -292,7 +307,7 @@ def test_past_the_end_is_an_error() -> None:
         ([], "has no entry"),
         ([entry(0, 0), entry(1, 7)], "generation 0 runs out at sample 5, but the next entry begins at 7"),
         ([entry(0, 0), entry(0, 4, epoch=1)], "epoch 1 begins at sample 4, but generation 0 runs out at 5"),
-        ([entry(0, 1)], "must be in force from sample 0"),
+        ([entry(1, 1)], "must be in force from sample 0"),
         ([entry(0, 0), entry(2, 1)], r"generation 2 must select at least one of the pool's 6 samples"),
     ],
 )
