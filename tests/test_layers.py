@@ -224,7 +224,7 @@ def test_the_top_level_stays_small() -> None:
 def modules_after(statement: str) -> set[str]:
     """Names of all modules that a fresh process holds after ``statement``."""
     script = f"{statement}\nimport json, sys\nprint('modules:' + json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("modules:")]
     return set(json.loads(line.removeprefix("modules:")))

@@ -16,11 +16,22 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-COLLECTIVE_TIMEOUT_SECONDS = 30.0
+# For what hangs: long, as a busy machine may take ten times as long as an idle one.
+TIMEOUT_SECONDS, COLLECTIVE_TIMEOUT_SECONDS = 240.0, 120.0
 _GRACE_SECONDS = 0.5
 _launches = itertools.count()
-# What takes seconds to import, in each rank of each test.
-_LIBRARIES = ["torch", "torch.distributed", "deepspeed", "megatron.core.models.gpt", "megatron.core.optimizer", "transformers"]
+_ROOT = Path(__file__).parents[2]
+# What takes long to import, in each rank of each test: of this package the trainer, which imports no selection code.
+_PRELOADED = [
+    "torch.distributed",
+    "deepspeed",
+    "megatron.core.models.gpt",
+    "megatron.core.optimizer",
+    "transformers",
+    "pytest",
+    "hypothesis",
+    "megatron_groupmates.training.loop",
+]
 
 
 class RankFailure(AssertionError):
@@ -32,14 +43,14 @@ def run_ranks(
     world_size: int,
     *args: Any,
     tmp_path: Path,
-    timeout_seconds: float = 60.0,
+    timeout_seconds: float = TIMEOUT_SECONDS,
     collective_timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS,
 ) -> list[Any]:
     """Call ``function(rank, world_size, *args)`` in ``world_size`` fresh processes and collect what it returns.
 
-    The processes are forked from a server that has imported the libraries and done nothing else, meet through a
-    ``file://`` rendezvous, and have a gloo default process group
-    while ``function`` runs. ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE`` are set, and each has one computing thread.
+    The processes are forked from a server that has imported the libraries and the trainer and done nothing else, meet
+    through a ``file://`` rendezvous, and have a gloo default process group while ``function`` runs. ``RANK``,
+    ``LOCAL_RANK`` and ``WORLD_SIZE`` are set, and each has one computing thread.
 
     Args:
         function: importable by name: top level of a module, not a lambda nor a closure.
@@ -59,9 +70,11 @@ def run_ranks(
     work = Path(tmp_path) / f"ranks-{os.getpid()}-{next(_launches)}"
     work.mkdir(parents=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_LIBRARIES)
-    # Threads must be limited before torch is imported, hence in the environment that the server starts with.
-    overrides = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    context.set_forkserver_preload(_PRELOADED)
+    # Threads must be limited before torch is imported, hence in the environment that the server starts with; it has to
+    # import the package of this checkout, from whatever directory the tests were started.
+    paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    overrides = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
     saved = {name: os.environ.get(name) for name in overrides}
     processes: list[BaseProcess] = []
     try:

@@ -35,7 +35,7 @@ def misbehave(rank: int, world_size: int, how: str, directory: str) -> None:
             return
     elif how == "collective":
         torch.distributed.barrier()
-    time.sleep(60)
+    time.sleep(3600)
 
 
 def assert_gone(directory: Path) -> None:
@@ -65,10 +65,9 @@ def test_environment_of_the_parent_is_left_alone(tmp_path, monkeypatch):
     ],
 )
 def test_a_failing_rank_is_reported_and_its_siblings_killed(tmp_path, how, message):
-    start = time.monotonic()
+    # At the end of the time allowed, the error would be another.
     with pytest.raises(RankFailure, match=message):
         run_ranks(misbehave, 2, how, str(tmp_path), tmp_path=tmp_path)
-    assert time.monotonic() - start < 40
     assert_gone(tmp_path)
 
 
@@ -82,11 +81,11 @@ def test_an_exit_with_code_zero_without_a_result_is_a_failure(tmp_path):
 
 
 def test_a_hang_is_reported_with_its_ranks(tmp_path):
-    with pytest.raises(RankFailure, match=r"rank\(s\) \[0, 1\] of 2 still running after 5 s"):
-        run_ranks(misbehave, 2, "hang", str(tmp_path), tmp_path=tmp_path, timeout_seconds=5)
+    with pytest.raises(RankFailure, match=r"rank\(s\) \[0, 1\] of 2 still running after 2 s"):
+        run_ranks(misbehave, 2, "hang", str(tmp_path), tmp_path=tmp_path, timeout_seconds=2)
     assert_gone(tmp_path)
 
 
 def test_a_rank_that_leaves_a_collective_alone_fails_it(tmp_path):
     with pytest.raises(RankFailure, match=r"(?s)rank 0 of 2 failed:.*barrier"):
-        run_ranks(misbehave, 2, "collective", str(tmp_path), tmp_path=tmp_path, collective_timeout_seconds=5)
+        run_ranks(misbehave, 2, "collective", str(tmp_path), tmp_path=tmp_path, collective_timeout_seconds=60)

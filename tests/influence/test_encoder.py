@@ -124,7 +124,7 @@ def test_one_batch_is_read_ahead_and_no_more():
     class Waiting(Doubler):
         def encode(self, samples: torch.Tensor) -> torch.Tensor:
             encoded.append(int(samples[0, 0]))
-            wanted, patience = min(len(encoded) + 1, 5), time.monotonic() + 10
+            wanted, patience = min(len(encoded) + 1, 5), time.monotonic() + 120
             while len(asked) < wanted and time.monotonic() < patience:
                 time.sleep(0.001)
             assert len(asked) == wanted

@@ -35,7 +35,7 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes | None]], tar_forma
 
 def json_member(tokens: Sequence[int]) -> bytes:
     """A sample as DCLM's tokeniser writes it."""
-    return gzip.compress(json.dumps(list(tokens)).encode())
+    return gzip.compress(json.dumps(list(tokens)).encode(), mtime=0)
 
 
 def raw_member(tokens: Sequence[int]) -> bytes:

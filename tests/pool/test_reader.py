@@ -290,7 +290,7 @@ def test_readers_work_in_other_processes(tmp_path: Path, method: str) -> None:
     processes = [context.Process(target=read_all, args=(reader, queue)) for _ in range(2)]
     for process in processes:
         process.start()
-    assert [queue.get(timeout=60), queue.get(timeout=60)] == [expected, expected]
+    assert [queue.get(timeout=500), queue.get(timeout=500)] == [expected, expected]
     for process in processes:
         process.join()
         assert process.exitcode == 0

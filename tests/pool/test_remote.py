@@ -211,7 +211,7 @@ def test_processes_may_use_the_cache_at_the_same_time(tmp_path: Path) -> None:
     processes = [context.Process(target=use_cache, args=(tmp_path, seed, bound, queue)) for seed in range(3)]
     for process in processes:
         process.start()
-    assert min(queue.get(timeout=60) for _ in processes) > 0
+    assert min(queue.get(timeout=500) for _ in processes) > 0
     for process in processes:
         process.join()
     assert disk_bytes(tmp_path) <= bound + 4096
@@ -335,7 +335,7 @@ def test_data_loader_workers_read_remote_pools(tmp_path: Path, local: PoolIndex,
     expected = PoolReader(local).read_batch(range(72))
     assert np.array_equal(reader.read(0), expected[0])
     loader = torch.utils.data.DataLoader(
-        Batches(reader), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=60, persistent_workers=True
+        Batches(reader), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=500, persistent_workers=True
     )
     for _ in range(2):
         assert np.array_equal(np.concatenate([batch.numpy() for batch in loader]), expected)

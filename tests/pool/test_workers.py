@@ -27,7 +27,7 @@ def fail_or_wait(directory: Path, task: int, advance: Callable[[int], None]) -> 
             time.sleep(0.01)
         raise FileNotFoundError(2, "nothing there", "x")
     (directory / "begun").touch()
-    for _ in range(2000):
+    for _ in range(60_000):
         time.sleep(0.01)
         advance(1)
     (directory / "to the end").touch()
@@ -57,10 +57,8 @@ def test_nothing_to_do(tmp_path: Path) -> None:
 
 
 def test_a_failure_stops_the_others(tmp_path: Path) -> None:
-    start = time.monotonic()
     with pytest.raises(FileNotFoundError, match="nothing there"):
         run_tasks(fail_or_wait, tmp_path, range(2), 2, on_advance=lambda _: None, on_done=lambda: None)
-    assert time.monotonic() - start < 15
     assert not (tmp_path / "to the end").exists()
 
 

@@ -219,7 +219,7 @@ def _hold_pool(directory: str, file: str) -> None:
     with offering(ClusterStore.open(directory), RELATIONS[0], Path(directory), 2) as answer:
         list(answer(Task(cluster=cluster, allowed=None, lengths=np.ones(10, np.int64), limit=np.inf, quota=5) for cluster in (0, 1, 2)))
         Path(file).write_text(" ".join(str(process.pid) for process in multiprocessing.active_children()))
-        time.sleep(60)
+        time.sleep(3600)
 
 
 def test_no_process_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
@@ -228,15 +228,14 @@ def test_no_process_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
     sort_by_cluster(ArrayStore(rng.standard_normal((30, 4)).astype(np.float16), rng.standard_normal(30)), labels, tmp_path / "sorted")
     parent = multiprocessing.get_context("spawn").Process(target=_hold_pool, args=(str(tmp_path / "sorted"), str(tmp_path / "pids")))
     parent.start()
-    deadline = time.monotonic() + 60
     while not (tmp_path / "pids").exists() or not (tmp_path / "pids").read_text():
-        assert parent.is_alive() and time.monotonic() < deadline
+        assert parent.is_alive()
         time.sleep(0.05)
     children = [psutil.Process(int(number)) for number in (tmp_path / "pids").read_text().split()]
     assert len(children) >= 2
     parent.kill()
     parent.join()
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=120)
     for process in alive:
         process.kill()
     assert not alive

@@ -32,7 +32,6 @@ SETTINGS = {
     "oracle__chunk_rollouts": CHUNK_ROLLOUTS,
     "oracle__rollout_length": 2,
 }
-ATTEMPT_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +108,9 @@ def num_begun(directory: Path) -> int:
 
 def wait_until(reached: Callable[[], bool], directory: Path, workers: list[BaseProcess]) -> None:
     """Return when ``reached``; a worker that ended before fails the test."""
-    deadline = time.monotonic() + ATTEMPT_SECONDS
     while not reached():
         output = {path.name: path.read_text() for path in sorted(directory.glob("output-*"))}
         assert all(worker.exitcode in (None, 0) for worker in workers), output
-        assert time.monotonic() < deadline, output
         time.sleep(0.002)
 
 
@@ -150,7 +147,7 @@ def test_twenty_kills_change_nothing_and_lose_a_chunk_per_worker_at_most(trained
     undisturbed = trained.copy(tmp_path / "undisturbed", STEP, **SETTINGS)
     measure(undisturbed, groups)
     config = trained.copy(tmp_path / "killed", STEP, **SETTINGS)
-    (outcome,) = run_ranks(kill_and_restart, 1, tmp_path, config, 7, tmp_path=tmp_path, timeout_seconds=240)
+    (outcome,) = run_ranks(kill_and_restart, 1, tmp_path, config, 7, tmp_path=tmp_path, timeout_seconds=550)
 
     assert len(outcome.kills) == NUM_KILLS
     for kill in outcome.kills:

@@ -39,7 +39,7 @@ def tool() -> ModuleType:
 
 def test_from_the_command_line_with_workers(pools: Path) -> None:
     command = [sys.executable, str(TOOL), "--pool", "pool", "--against", "set", "--output", "check", "--workers", "2"]
-    done = subprocess.run(command, cwd=pools, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=pools, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "16 samples with 640 tokens searched for n-grams of 13 tokens" in done.stdout
     assert "set: 1 of 3 examples touched (33.33 %); 0 are shorter than an n-gram" in done.stdout
@@ -71,6 +71,6 @@ def test_mistakes_are_messages(pools: Path, tool: ModuleType, capsys: pytest.Cap
 
 
 def test_help(pools: Path) -> None:
-    done = subprocess.run([sys.executable, str(TOOL), "--help"], cwd=pools, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(TOOL), "--help"], cwd=pools, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0
     assert "--max-pool-count" in done.stdout and "may differ" in done.stdout

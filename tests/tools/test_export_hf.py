@@ -93,7 +93,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Saved]:
         if tensor_size not in runs:
             root = tmp_path_factory.mktemp(f"export-tp{tensor_size}")
             make_pool(root / "pool")
-            logits = run_ranks(train_and_save, tensor_size, str(root), tmp_path=root, timeout_seconds=150)[0]
+            logits = run_ranks(train_and_save, tensor_size, str(root), tmp_path=root)[0]
             (root / "run" / "config.yaml").write_text(yaml.safe_dump(tree(str(root), tensor_size)))
             runs[tensor_size] = Saved(root, logits)
         return runs[tensor_size]

@@ -78,6 +78,6 @@ def test_errors(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_as_a_program(pool: Path) -> None:
     command = [sys.executable, str(TOOL), "pool", "--by", "topic", "--workers", "1"]
-    done = subprocess.run(command, cwd=pool.parent, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=pool.parent, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "even" in done.stdout and "odd" in done.stdout

@@ -41,7 +41,7 @@ def tool() -> ModuleType:
 def test_from_the_command_line_and_again(raw: Path) -> None:
     arguments = ["--input", "raw", "--output", "sets", "--pool", "pool", "--size", "4", "--sizes", "evaluation=9,oracle_noise=0"]
     command = [sys.executable, str(TOOL), *arguments]
-    done = subprocess.run(command, cwd=raw, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=raw, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert ["examples", "read", "81"] in lines and ["broken_json", "1"] in lines and ["chosen", "13"] in lines
@@ -49,7 +49,7 @@ def test_from_the_command_line_and_again(raw: Path) -> None:
     assert not (raw / "sets" / "oracle_noise").exists()
     index = PoolIndex.open(raw / "sets" / "evaluation")
     assert is_reference_set(index) and index.num_samples == 9 and index.lengths.max() <= 33
-    again = subprocess.run(command, cwd=raw, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(command, cwd=raw, capture_output=True, text=True, timeout=500)
     assert again.stdout.startswith("sets is complete already, made with the same arguments: nothing to do")
 
 
@@ -87,6 +87,6 @@ def test_a_tokenizer_does_not_tell_the_length(raw: Path, tool: ModuleType, capsy
 
 
 def test_help(raw: Path) -> None:
-    done = subprocess.run([sys.executable, str(TOOL), "--help"], cwd=raw, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(TOOL), "--help"], cwd=raw, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0
     assert "No two parts share a document" in done.stdout and "--max-rejects" in done.stdout

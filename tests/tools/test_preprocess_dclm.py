@@ -36,7 +36,7 @@ def tool() -> ModuleType:
 def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(TOOL), "--input", "raw", "--output", "pool", "--tokenizer", "tokenizer.json"]
     command += arguments
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=500)
 
 
 def test_from_any_directory_with_workers(raw: Path) -> None:
@@ -118,7 +118,7 @@ def test_no_torch_in_its_way(raw: Path) -> None:
     """Starting takes a fraction of a second, in every worker."""
     script = "import runpy, sys; sys.argv = ['x', '--help']\ntry: runpy.run_path({!r}, run_name='__main__')\n"
     script = script.format(str(TOOL)) + "except SystemExit: print('torch' in sys.modules, 'transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=raw, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], cwd=raw, capture_output=True, text=True, timeout=500)
     assert done.stdout.endswith("False False\n"), done.stderr
 
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from megatron_groupmates.pool.preprocess.ranks import meet
 from tests.common.s3 import s3_options  # noqa: F401
 from tests.pool.helpers import documents, tokenizer_json, write_raw
 
@@ -34,8 +35,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(("a.jsonl", "b.jsonl.zst", "sub/c.jsonl.gz", "sub/d.jsonl.zstd", "e.jsonl")):
         write_raw(directory / "raw" / name, [*documents(40, number), b"{"])
     (directory / "tokenizer.json").write_bytes(tokenizer_json())
-    done = start(directory, "expected", "--workers", "0")
-    assert done.wait(timeout=120) == 0, done.stderr.read()
+    ((code, _, error),) = finish([start(directory, "expected", "--workers", "0")])
+    assert code == 0, error
     return directory
 
 
@@ -54,20 +55,32 @@ def start(directory: Path, output: str, *arguments: str, environment: Mapping[st
     )
 
 
+def as_rank(rank: int, world_size: int) -> dict[str, str]:
+    """What torchrun tells a rank."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+
+
 def start_ranks(directory: Path, output: str, world_size: int, *arguments: str) -> list[subprocess.Popen]:
     """One process per rank, as torchrun would start them, the first rank last."""
-    ranks = [
-        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-        for rank in reversed(range(world_size))
-    ]
-    return [start(directory, output, *arguments, environment=rank) for rank in ranks]
+    return [start(directory, output, *arguments, environment=as_rank(rank, world_size)) for rank in reversed(range(world_size))]
+
+
+def wait_until(reached: Callable[[], object], process: subprocess.Popen) -> None:
+    """Return when ``reached``; a process that ended before fails the test."""
+    while not reached():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
 
 
 def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     results = []
-    for process in processes:
-        out, error = process.communicate(timeout=120)
-        results.append((process.returncode, out, error))
+    try:
+        for process in processes:
+            out, error = process.communicate()
+            results.append((process.returncode, out, error))
+    finally:
+        for process in processes[len(results) :]:
+            os.killpg(process.pid, signal.SIGKILL)
     return results
 
 
@@ -109,31 +122,29 @@ def test_a_failing_rank_ends_the_others(workplace: Path) -> None:
 
 
 def test_one_run_at_a_time(workplace: Path) -> None:
-    (first,) = start_ranks(workplace, "locked", 2)[1:]
+    # The second rank of this launch never comes: the first waits for it, within its lock.
+    first = start(workplace, "locked", "--workers", "0", environment=as_rank(0, 2))
     try:
-        deadline = time.monotonic() + 60
-        while not (workplace / "locked.work" / "plan.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        os.kill(first.pid, signal.SIGSTOP)
+        wait_until((workplace / "locked.work" / "plan.json").exists, first)
         ((code, _, error),) = finish([start(workplace, "locked", "--workers", "0")])
         assert code == 1 and "another run is at work in locked.work" in error
     finally:
         os.killpg(first.pid, signal.SIGKILL)
+        first.communicate()
 
 
 def test_interrupted_from_the_keyboard(workplace: Path) -> None:
-    for _ in range(10):
-        process = start(workplace, "interrupted", "--workers", "1")
-        deadline = time.monotonic() + 60
-        while not list((workplace / "interrupted.work").glob("files/*.spool*")) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGINT)
-        ((code, _, error),) = finish([process])
-        if code != 0:
-            break
-        # It had ended before the signal came: so little to do takes a moment only.
-        shutil.rmtree(workplace / "interrupted")
+    work = workplace / "interrupted.work"
+
+    def obey_interrupts() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that starts the tests in the background lets them ignore it
+
+    # This test is the second rank of the launch and does none of its work: the first cannot come to an end by itself.
+    process = start(workplace, "interrupted", "--workers", "1", environment=as_rank(0, 2), preexec_fn=obey_interrupts)
+    meet(work / "ranks", 1, 2)
+    wait_until(lambda: list(work.glob("files/*.spool*")), process)
+    os.killpg(process.pid, signal.SIGINT)
+    ((code, _, error),) = finish([process])
     assert code == 130 and "interrupted. Finished work is kept: repeat the same command to continue" in error
     ((code, _, error),) = finish([start(workplace, "interrupted", "--workers", "0")])
     assert code == 0, error

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_groupmates.config import Config, dump_config, parse_config
 from megatron_groupmates.parallel import initialize_parallel
 from megatron_groupmates.parallel.launch import LaunchEnvironment
@@ -42,7 +44,9 @@ checkpoint: {{save_interval: 4}}
 def start(rank: int, world_size: int, config: Config) -> Any:
     """The groups of this rank; the harness has started torch.distributed already."""
     environment = LaunchEnvironment(rank, rank, world_size, world_size, "127.0.0.1", 0)
-    return initialize_parallel(environment, config.parallel.tensor_model_parallel_size, config.run.seed)
+    groups = initialize_parallel(environment, config.parallel.tensor_model_parallel_size, config.run.seed)
+    torch.set_num_threads(1)
+    return groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

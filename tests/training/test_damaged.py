@@ -115,7 +115,7 @@ def test_skips_are_recorded_agreed_on_and_repeated(tmp_path: Path, capsys: pytes
         (Job(config=late), pools["bad"], False),
         (Job(config=whole), pools["bad"], True),
     ]
-    outcomes = run_ranks(train_until_told, 2, jobs, {1: row_of(whole, 21)}, tmp_path=tmp_path, timeout_seconds=150)
+    outcomes = run_ranks(train_until_told, 2, jobs, {1: row_of(whole, 21)}, tmp_path=tmp_path)
     for told in outcomes:
         assert told[:3] == ["finished", "killed", "finished"]
         assert told[3].startswith("UserError: 2 samples cannot be read, data.max_skipped_samples is 1; restore the shards, or raise")

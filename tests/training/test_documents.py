@@ -59,7 +59,7 @@ def test_a_killed_run_on_documents_equals_an_uninterrupted_one(tmp_path: Path, c
         Job(config=killed),
         Job(config=whole),
     ]
-    assert run_ranks(train_jobs, 2, jobs, tmp_path=tmp_path, timeout_seconds=120) == [["killed", "killed", "finished", "finished"]] * 2
+    assert run_ranks(train_jobs, 2, jobs, tmp_path=tmp_path) == [["killed", "killed", "finished", "finished"]] * 2
     run_ranks(train_jobs, 1, [Job(config=alone)], tmp_path=tmp_path)
     assert len(losses(whole)) == 12 and losses(killed) == losses(whole) and evaluations(killed) == evaluations(whole)
     assert losses(alone) == pytest.approx(losses(whole), rel=2e-5)

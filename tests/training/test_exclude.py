@@ -68,7 +68,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     excluded = np.random.default_rng(0).permutation(NUM_SAMPLES)[: NUM_SAMPLES - 33]
     exclude(root, excluded)
     configs = {name: make_config(root, *overrides(name, root), run=name) for name in ("whole", "selecting")}
-    [results] = run_ranks(run_all, 1, root, excluded, configs, tmp_path=root, timeout_seconds=180)
+    [results] = run_ranks(run_all, 1, root, excluded, configs, tmp_path=root)
     return {"excluded": set(excluded.tolist()), "configs": configs, **results}
 
 

@@ -155,12 +155,12 @@ def test_tool(tmp_path: Path) -> None:
     dclm_shard(tmp_path / "shards" / "shard_00000009.tar", [[1, 2]])
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_json())
     command = [sys.executable, str(TOOL), "--shards", "shards", "--tokenizer", "tokenizer.json", "--workers", "0"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "3 shards, 13 samples, 117 tokens" in done.stdout
     assert "1 shards not listed, left out: shard_00000009" in done.stdout
     os.remove(tmp_path / "shards" / "shard_00000001.tar")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 1
     assert "error: 1 of the 3 shards of" in done.stderr and "are missing: shard_00000001" in done.stderr
     assert "Traceback" not in done.stderr
@@ -316,7 +316,7 @@ def test_tool_with_a_store_and_a_suffix(tmp_path: Path, s3_options: dict) -> Non
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_json())
     command = [sys.executable, str(TOOL), "--shards", f"s3://{BUCKET}/shards", "--tokenizer", "tokenizer.json", "--workers", "0"]
     command += ["--output", "pool", "--storage-options", json.dumps(s3_options), "--member-suffix", "a.json.gz"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "1 shards, 3 samples, 27 tokens" in done.stdout and "3 members without ids left out: .b.json.gz" in done.stdout
     assert read_all(tmp_path / "pool") == random_samples(3)

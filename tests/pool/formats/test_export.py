@@ -136,7 +136,7 @@ def test_tool(tmp_path: Path) -> None:
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(TOOL), "--pool", "pool", "--workers", "0", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
 
     done = run("--generation", "selection", "--format", "open_lm", "--output", "out")
     assert done.returncode == 1 and done.stdout == ""

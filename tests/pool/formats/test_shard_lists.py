@@ -50,7 +50,7 @@ def test_an_energon_data_set(tmp_path: Path) -> None:
     program = "import sys; from megatron.energon.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-c", program, "prepare", "--non-interactive", "--split-parts", "train:shard_.*", "--num-workers", "1"]
     command += ["--sample-type", "CrudeWebdataset", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     write_tar(tmp_path / "late.tar", [])
     found = list_shards(tmp_path)
@@ -68,7 +68,7 @@ def test_a_wids_index_made_by_wids(tmp_path: Path) -> None:
     index = tmp_path / "data" / "index.json"
     program = "import sys; from wids.wids_index import main; sys.exit(main())"
     command = [sys.executable, "-c", program, "create", "--output", str(index), *(path.name for path in paths)]
-    done = subprocess.run(command, cwd=tmp_path / "data", capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path / "data", capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     moved = tmp_path / "elsewhere" / "index.json"
     moved.parent.mkdir()

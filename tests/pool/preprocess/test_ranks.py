@@ -19,7 +19,7 @@ def meet_all(directory: Path, world_size: int, late: int = 0) -> list[Launch]:
 
     def one(rank: int) -> Launch:
         time.sleep(0.3 if rank == late else 0)
-        return meet(directory, rank, world_size, timeout=20)
+        return meet(directory, rank, world_size, timeout=120)
 
     with ThreadPoolExecutor(world_size) as pool:
         return list(pool.map(one, range(world_size)))
@@ -72,5 +72,5 @@ def test_the_first_rank_waits_for_the_others(tmp_path: Path, monkeypatch: pytest
     time.sleep(0.2)
     assert waiting.is_alive()
     launches[2].say_finished()
-    waiting.join(timeout=10)
+    waiting.join(timeout=120)
     assert not waiting.is_alive()
