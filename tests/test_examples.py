@@ -6,8 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_groupmates.config import Config, ffn_hidden_size, parse_config, refresh_steps
+from megatron_groupmates.integrations.settings import SECTIONS_OF_FILE
+from tests.common.configs import tiny_config
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -56,7 +59,14 @@ def test_the_quickstart_trains_past_two_refreshes() -> None:
 
 def test_every_example_config_is_covered_here() -> None:
     names = {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.yaml")}
-    assert names == {"dclm/400m_4x.yaml", "dclm/1b_1x.yaml", "dclm/3b_1x.yaml", "quickstart/config.yaml"}
+    assert names == {"dclm/400m_4x.yaml", "dclm/1b_1x.yaml", "dclm/3b_1x.yaml", "quickstart/config.yaml", "own_fork/selection.yaml"}
+
+
+def test_the_file_for_a_users_own_checkout_completes_its_arguments() -> None:
+    given = yaml.safe_load((EXAMPLES / "own_fork/selection.yaml").read_text())
+    assert set(given) <= set(SECTIONS_OF_FILE)
+    config = tiny_config(**given)
+    assert (config.oracle.estimator, config.selection.ratio, config.data.reference) == ("first_order", 0.5, "data/flan/oracle")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)

@@ -14,7 +14,7 @@ from megatron_groupmates.integrations.forks import Fork
 from megatron_groupmates.pool.index import PoolIndex
 
 # What the file may set; None for a whole section. The rest follows from the trainer's own arguments.
-_FROM_FILE: dict[str, tuple[str, ...] | None] = {
+SECTIONS_OF_FILE: dict[str, tuple[str, ...] | None] = {
     "run": ("name", "wandb_mode", "wandb_project"),
     "data": ("reference", "exclude", "packing", "cache_directory", "cache_bytes", "storage_options"),
     "selection": None,
@@ -108,9 +108,9 @@ def _read_file(path: str) -> dict[str, dict[str, Any]]:
     except yaml.YAMLError as error:
         raise UserError(f"--group-mates-config {path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict) or not all(isinstance(settings, dict) for settings in tree.values()):
-        raise UserError(f"--group-mates-config {path} must hold a mapping of sections ({', '.join(_FROM_FILE)}), each with its settings")
+        raise UserError(f"--group-mates-config {path} must hold a mapping of sections ({', '.join(SECTIONS_OF_FILE)}), each with its settings")
     for section, settings in tree.items():
-        allowed = _FROM_FILE.get(section, ())
+        allowed = SECTIONS_OF_FILE.get(section, ())
         refused = [] if allowed is None else [f"{section}.{name}" for name in settings if name not in allowed]
         if refused:
             raise UserError(
@@ -121,7 +121,7 @@ def _read_file(path: str) -> dict[str, dict[str, Any]]:
 
 
 def _may_set() -> str:
-    return ", ".join(section if names is None else f"{section}: {', '.join(names)}" for section, names in _FROM_FILE.items())
+    return ", ".join(section if names is None else f"{section}: {', '.join(names)}" for section, names in SECTIONS_OF_FILE.items())
 
 
 def _check_selection(args: argparse.Namespace, config: Config) -> None:
