@@ -17,15 +17,16 @@ DEEPSPEED = "deepspeed -q --force_multi --hostfile {hosts} --master_port {port} 
 # Writes its arguments down; `train` fails where it is told to.
 LAUNCHER = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> {calls}
-case " $* " in *" train "*) exit {train_exit} ;; *" serve "*) {server} ;; esac
+case " $* " in *" train "*) {train} ;; *" serve "*) {server} ;; esac
 """
 # Answers the scripts' questions about the run: a selection is awaited after the first start of the trainer.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
     *" plan "*) echo '{{"mode": "{mode}", "output_dir": "{directory}"}}' ;;
     *" status "*)
+        {status}
         if [ "$(grep -c ' train ' {calls})" -lt 2 ]; then state=awaiting_selection; else state=finished; fi
-        echo '{{"trainer": {{"state": "'$state'"}}}}' ;;
+        echo '{{"trainer": {{"state": "'$state'", "step": 5}}}}' ;;
     *) exec {python} "$@" ;;
 esac
 """
@@ -35,28 +36,33 @@ SLURM = {"SLURM_JOB_ID": "70001", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIS
 class StandIns:
     """A directory of launchers that only note how they are called."""
 
-    def __init__(self, directory: Path, mode: str, train_exit: int = 0, server: str = "exit 0") -> None:
+    def __init__(self, directory: Path, mode: str, train: str = "exit 0", server: str = "exit 0", status: str = ":") -> None:
         self._calls, self._bin = directory / "calls", directory / "bin"
         self._bin.mkdir()
         self._calls.touch()
-        values = {"calls": self._calls, "mode": mode, "directory": directory, "python": shlex.quote(sys.executable)}
-        launcher = LAUNCHER.format(calls=self._calls, train_exit=train_exit, server=server)
+        values = {"calls": self._calls, "mode": mode, "directory": directory, "python": shlex.quote(sys.executable), "status": status}
+        launcher = LAUNCHER.format(calls=self._calls, train=train, server=server)
         scripts = {name: launcher for name in ("deepspeed", "torchrun", "srun")}
         scripts |= {"python": PYTHON.format(**values), "scontrol": "#!/bin/sh\nprintf 'n1\\nn2\\nn3\\n'\n"}
         for name, content in scripts.items():
             (self._bin / name).write_text(content)
             (self._bin / name).chmod(0o755)
 
-    def run(self, script: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    def start(self, script: str, *arguments: object, **variables: str) -> subprocess.Popen[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-        return subprocess.run(
+        return subprocess.Popen(
             ["bash", str(ROOT / "examples" / script), *map(str, arguments)],
             cwd=ROOT,
             env={**environment, "PATH": f"{self._bin}:{os.environ['PATH']}", **variables},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=60,
         )
+
+    def run(self, script: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(script, *arguments, **variables)
+        output, errors = process.communicate(timeout=500)
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
     @property
     def calls(self) -> list[str]:
@@ -68,6 +74,13 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def await_end(pid: Path) -> None:
+    deadline = time.monotonic() + 60
+    while is_running(int(pid.read_text())):
+        assert time.monotonic() < deadline, "it outlives the script"
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -132,16 +145,26 @@ def test_deepspeed_starts_trainer_and_server_side_by_side(tmp_path: Path, hostfi
 def test_a_trainer_that_fails_takes_the_server_with_it(tmp_path: Path, hostfiles: tuple[Path, Path]) -> None:
     """The server's launcher and what it has started, which does not die with its parent by itself."""
     pid = tmp_path / "pid"
-    stand_ins = StandIns(tmp_path, "async", train_exit=7, server=f"sleep 600 & echo $! > {pid}; wait")
-    waits = f"until [ -s {pid} ]; do sleep 0.05; done; "
-    launcher = tmp_path / "bin" / "deepspeed"
-    launcher.write_text(launcher.read_text().replace(") exit 7", f") {waits}exit 7"))
+    train = f"until [ -s {pid} ]; do sleep 0.05; done; exit 7"
+    stand_ins = StandIns(tmp_path, "async", train=train, server=f"sleep 600 & echo $! > {pid}; wait")
     done = stand_ins.run("multi_host/deepspeed.sh", "c.yaml", "--trainers", hostfiles[0], "--servers", hostfiles[1])
     assert done.returncode == 7, "the trainer's exit code"
-    deadline = time.monotonic() + 20
-    while is_running(int(pid.read_text())):
-        assert time.monotonic() < deadline, "the server outlives the trainer"
+    await_end(pid)
+
+
+@pytest.mark.parametrize("mode", ["async", "inline"])
+def test_a_script_that_is_ended_ends_its_jobs(mode: str, tmp_path: Path, hostfiles: tuple[Path, Path]) -> None:
+    pid = tmp_path / "pid"
+    stand_ins = StandIns(tmp_path, mode, train=f"sleep 600 & echo $! > {pid}; wait")
+    servers = ("--servers", hostfiles[1]) if mode == "async" else ()
+    script = stand_ins.start("multi_host/deepspeed.sh", "c.yaml", "--trainers", hostfiles[0], *servers)
+    while not (pid.exists() and pid.read_text()):
+        assert script.poll() is None, script.communicate()
         time.sleep(0.02)
+    script.terminate()
+    script.communicate(timeout=60)
+    assert script.returncode == 143
+    await_end(pid)
 
 
 def test_deepspeed_inline_takes_turns_on_the_same_hosts(tmp_path: Path, hostfiles: tuple[Path, Path]) -> None:
@@ -157,6 +180,22 @@ def test_deepspeed_inline_takes_turns_on_the_same_hosts(tmp_path: Path, hostfile
     assert done.stderr == "error: selection.mode is inline: the trainers' hosts do both, so leave out --servers\n"
 
 
+def test_inline_ends_where_the_server_neither_selects_nor_says_why(tmp_path: Path, hostfiles: tuple[Path, Path]) -> None:
+    stand_ins = StandIns(
+        tmp_path, "inline", server="exit 1", status="""echo '{"trainer": {"state": "awaiting_selection", "step": 5}}'; exit"""
+    )
+    done = stand_ins.run("multi_host/deepspeed.sh", "c.yaml", "--trainers", hostfiles[0])
+    assert done.returncode == 1
+    assert done.stderr.endswith("left the trainer at step 5 with neither a selection nor a recorded failure; see what it printed\n")
+    assert [call.split(" megatron_groupmates ")[1].split()[0] for call in stand_ins.calls] == ["train", "serve", "train"]
+
+
+def test_inline_fails_where_the_run_cannot_be_looked_at(tmp_path: Path, hostfiles: tuple[Path, Path]) -> None:
+    stand_ins = StandIns(tmp_path, "inline", status="exit 3")
+    assert stand_ins.run("multi_host/deepspeed.sh", "c.yaml", "--trainers", hostfiles[0]).returncode != 0
+    assert len(stand_ins.calls) == 1
+
+
 def test_a_server_needs_hosts(tmp_path: Path, hostfiles: tuple[Path, Path]) -> None:
     stand_ins = StandIns(tmp_path, "blocking")
     done = stand_ins.run("multi_host/deepspeed.sh", "c.yaml", "--trainers", hostfiles[0])
@@ -170,7 +209,8 @@ def test_a_server_needs_hosts(tmp_path: Path, hostfiles: tuple[Path, Path]) -> N
 def test_torchrun_starts_one_job(tmp_path: Path) -> None:
     stand_ins = StandIns(tmp_path, "async")
     arguments = ("--hosts", "2", "--ranks-per-host", "8", "--meet", "a:7000", "--set", "run.seed=5")
-    launch = "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint a:7000 --rdzv-id {job} -m megatron_groupmates"
+    launch = "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint a:7000 "
+    launch += "--rdzv-id groupmates-{job} -m megatron_groupmates"
     for job in ("train", "serve"):
         assert stand_ins.run("multi_host/torchrun.sh", "c.yaml", "--job", job, *arguments).returncode == 0
         assert stand_ins.calls[-1] == launch.format(job=job) + f" {job} --config c.yaml --set run.seed=5"

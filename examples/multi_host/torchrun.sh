@@ -38,9 +38,10 @@ for needed in "job $job" "hosts $hosts" "ranks-per-host $ranks" "meet $meet"; do
     [ -n "${needed#* }" ] || fail "--${needed% *} is missing; see --help"
 done
 
-launch=(torchrun --nnodes "$hosts" --nproc-per-node "$ranks" --rdzv-backend c10d --rdzv-endpoint "$meet" --rdzv-id "$job" -m megatron_groupmates)
-train_command=("${launch[@]}" train "${options[@]}")
-serve_command=("${launch[@]}" serve "${options[@]}")
+launch=(torchrun --nnodes "$hosts" --nproc-per-node "$ranks" --rdzv-backend c10d --rdzv-endpoint "$meet")
+# Names of their own: inline, a host that is ahead must not meet the others where the turn before is ending.
+train_command=("${launch[@]}" --rdzv-id groupmates-train -m megatron_groupmates train "${options[@]}")
+serve_command=("${launch[@]}" --rdzv-id groupmates-serve -m megatron_groupmates serve "${options[@]}")
 case "$job" in
     train) exec "${train_command[@]}" ;;
     serve) exec "${serve_command[@]}" ;;

@@ -174,12 +174,12 @@ def sign_directories(directories: Mapping[str, str], rank: int, patience_seconds
     problems = []
     for setting, directory in directories.items():
         path = Path(directory)
-        if not _appears(path, patience_seconds):
-            problems.append(
-                f"{setting}: {path.parent} is not the directory that rank 0 writes to; give one on a file system that all hosts share"
-            )
-            continue
         try:
+            if not _appears(path, patience_seconds):
+                problems.append(
+                    f"{setting}: {path.parent} is not the directory that rank 0 writes to; give one on a file system that all hosts share"
+                )
+                continue
             (path / str(rank)).touch()
         except OSError as error:
             problems.append(f"{setting}: {path.parent} cannot be written to: {error.strerror}")
@@ -270,9 +270,9 @@ def _plural(noun: str, names: Sequence[str]) -> str:
 
 
 def _attempt(problems: list[str], act: Callable[[], Any]) -> Any:
-    """What ``act`` returns; None and a note where it raises ``UserError``."""
+    """What ``act`` returns; None and a note where it raises ``UserError`` or cannot read something."""
     try:
         return act()
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a path that this host may not read, a stale mount
         problems.append(str(error))
         return None

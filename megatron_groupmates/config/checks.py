@@ -18,6 +18,7 @@ def check_config(config: Config) -> None:
         UserError: naming the settings by dotted path, both values and what to change.
     """
     _check_model(config)
+    _check_places(config)
     _check_storage(config)
     _check_batches(config)
     _check_schedule(config)
@@ -112,6 +113,17 @@ def ffn_hidden_size(config: Config) -> int:
     if not has_gated_mlp(config):
         return 4 * config.model.hidden_size
     return 256 * ((8 * config.model.hidden_size // 3 + 255) // 256)
+
+
+def _check_places(config: Config) -> None:
+    if config.checkpoint.format != "groupmates":
+        return
+    for path, value in (("checkpoint.directory", config.checkpoint.directory), ("run.selection_dir", config.run.selection_dir)):
+        if value is not None:
+            raise UserError(
+                f"{path}: {value}: this trainer keeps everything in run.output_dir, so that a run can branch from another by its directory "
+                "alone; leave it out (a checkout of your own sets it)"
+            )
 
 
 def _check_storage(config: Config) -> None:

@@ -71,6 +71,8 @@ _MEGATRON_LM_RULES: tuple[_Rule, ...] = (
     ("decoupled_lr", "--decoupled-lr", _UNSET, "another learning rate for the embeddings"),
     ("no_weight_decay_cond_type", "--no-weight-decay-cond-type", _UNSET, "other weight-decay groups"),
     ("apply_wd_to_qk_layernorm", "--apply-wd-to-qk-layernorm", _OFF, "other weight-decay groups"),
+    ("use_mup", "--use-mup", _OFF, "embeddings and logits scaled by muP"),
+    ("enable_mhc_connections", "--enable-mhc-connections", _OFF, "hyper-connections in place of residuals"),
     ("context_parallel_size", "--context-parallel-size", _ONE, "context parallelism"),
 )
 

@@ -58,10 +58,19 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config_to_dict(config), sort_keys=False)
 
 
+# What the oracle's steps take from the config whoever trains.
+_STEP = ("weight_decay", "beta1", "beta2", "epsilon")
+
+
 def config_differences(saved: Config, current: Config) -> list[str]:
-    """Lines ``path: saved -> current`` for settings that a resumed run must not change."""
+    """Lines ``path: saved -> current`` for settings that a resumed run must not change.
+
+    Where the trainer is a checkout of the user's own its learning rate and ZeRO stage are its own affair: those of the
+    oracle are the checkpoint's.
+    """
     lines = []
-    if saved.optimizer.schedule != "constant" and decay_end(saved) != decay_end(current):
+    ours = current.checkpoint.format == "groupmates"
+    if ours and saved.optimizer.schedule != "constant" and decay_end(saved) != decay_end(current):
         # Unset it follows train_iters: without this rule a longer run would silently get another schedule.
         lines.append(
             f"optimizer.decay_iters: {decay_end(saved)} -> {decay_end(current)} (it follows training.train_iters when unset; "
@@ -71,7 +80,8 @@ def config_differences(saved: Config, current: Config) -> list[str]:
         before, after = getattr(saved, section.name), getattr(current, section.name)
         for item in dataclasses.fields(before):
             old, new = getattr(before, item.name), getattr(after, item.name)
-            if old != new and not item.metadata["may_change"]:
+            free = item.metadata["may_change"] or (not ours and section.name == "optimizer" and item.name not in _STEP)
+            if old != new and not free:
                 lines.append(f"{section.name}.{item.name}: {old!r} -> {new!r}")
     return lines
 

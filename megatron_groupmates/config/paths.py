@@ -24,9 +24,20 @@ class RunPaths:
 
     @classmethod
     def of(cls, config: Config, root: Path | None = None) -> RunPaths:
-        """The paths of the run that ``config`` describes, in ``root`` where the run directory has moved since."""
-        root, checkpoints, selection = root or Path(config.run.output_dir), config.checkpoint.directory, config.run.selection_dir
-        return cls(root, Path(checkpoints or root / "checkpoints"), Path(selection or root / "selection"))
+        """The paths of the run that ``config`` describes, in ``root`` where the run directory has moved or been copied since."""
+        return cls.recorded(root, config.run.output_dir, config.checkpoint.directory, config.run.selection_dir)
+
+    @classmethod
+    def recorded(cls, root: Path | None, output_dir: str, checkpoints: str | None, selection: str | None) -> RunPaths:
+        """As :meth:`of`, from the settings alone. What they place in ``output_dir`` lies in ``root``."""
+        before = Path(output_dir)
+        now = before if root is None else root
+
+        def place(recorded: str | None, name: str) -> Path:
+            path = Path(recorded) if recorded else before / name
+            return now / path.relative_to(before) if path.is_relative_to(before) else path
+
+        return cls(now, place(checkpoints, "checkpoints"), place(selection, "selection"))
 
     @classmethod
     def below(cls, root: Path) -> RunPaths:

@@ -120,7 +120,7 @@ def packed_hidden_states(model: GPTModel, batch: PackedBatch) -> torch.Tensor:
 @torch.no_grad()
 def token_embeddings(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
     """Word embeddings ``[s, b, h]`` of ``tokens`` int64 ``[b, s]``, the same on every rank. Collective over the tensor-parallel group."""
-    return model.embedding.word_embeddings(tokens).transpose(0, 1)
+    return model.embedding.word_embeddings(tokens).transpose(0, 1).contiguous()
 
 
 def packed_logits(model: GPTModel, batch: PackedBatch, num_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

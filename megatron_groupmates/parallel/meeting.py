@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
 import os
+import resource
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_SECONDS = 600.0  # until the last rank has imported its libraries from a busy file system
 _SAY_WHO_IS_MISSING_SECONDS = 20.0
 _POLL_SECONDS = 0.02
+_GRACE = 1.1
 
 
 class Meeting:
@@ -37,6 +40,7 @@ class Meeting:
             UserError: rank 0 cannot be reached, or its port is in use.
         """
         self.environment = environment
+        _raise_file_limit()
         self._timeout = datetime.timedelta(seconds=timeout_seconds)
         torchrun_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         address, port = environment.master_addr, environment.master_port
@@ -68,7 +72,8 @@ class Meeting:
             UserError: rank 0 went away, or nothing was told in time.
         """
         try:
-            self.store.wait([name], self._timeout)
+            # Longer than rank 0 waits for the ranks that do not come: it says which.
+            self.store.wait([name], self._timeout * _GRACE)
             return json.loads(self.store.get(name))
         except (dist.DistError, RuntimeError) as error:
             raise UserError(f"rank 0 went away while the job started ({_first_line(error)}); what it printed says why") from error
@@ -103,6 +108,14 @@ class Meeting:
             if missing:
                 time.sleep(_POLL_SECONDS)
         return found
+
+
+def _raise_file_limit() -> None:
+    """As many open files as the system lets this process have: rank 0 keeps connections to every other rank."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _named(ranks: Sequence[int], hosts: Mapping[int, str] | None) -> str:

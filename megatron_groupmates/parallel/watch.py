@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from megatron_groupmates.config import UserError
 from megatron_groupmates.parallel.launch import LaunchEnvironment
 from megatron_groupmates.parallel.meeting import Meeting
 
@@ -32,6 +33,7 @@ _GATHER_SECONDS = 0.1  # processes of one host end together: name them in one me
 _OWN_WORDS_SECONDS = 1.0  # a mistake that all ranks see is told by rank 0, which may see it a little later
 _PARTING_SECONDS = 1.0  # for the rank that speaks to have spoken, before a launcher ends it because this one has ended
 _LONGEST_LINE = 65536
+_LONGEST_PROBLEM = 2000
 
 
 @dataclasses.dataclass
@@ -78,6 +80,7 @@ class PeerWatch:
         if self._thread is None:
             return
         self._leaving.set()
+        problem = None if problem is None else problem[:_LONGEST_PROBLEM]
         if self._is_hub:
             self._send(self._wake, {"left": problem})
             self._thread.join(_OWN_WORDS_SECONDS)
@@ -115,11 +118,16 @@ class PeerWatch:
             for key, _ in selector.select():
                 connection: Any = key.fileobj
                 if connection is listener:
-                    accepted = _accept(listener)
-                    if accepted is not None:
-                        members[accepted] = _Member()
-                        self._sockets.append(accepted)
-                        selector.register(accepted, selectors.EVENT_READ)
+                    try:
+                        accepted = _accept(listener)
+                    except OSError as error:
+                        # Were it asked again at once, this thread would do nothing else.
+                        logger.warning("rank 0 cannot watch more ranks (%s); a lost one may be noticed by a time-out only", error)
+                        selector.unregister(listener)
+                        continue
+                    members[accepted] = _Member()
+                    self._sockets.append(accepted)
+                    selector.register(accepted, selectors.EVENT_READ)
                 elif connection is woken:
                     (left,) = _lines(_Member(), _receive(woken))
                     self._tell_all(members, {"over": left["left"] is not None})
@@ -128,8 +136,8 @@ class PeerWatch:
                     selector.unregister(connection)
                     del members[connection]
                     connection.close()
-            if lost or problems:
-                self._conclude(members, lost, problems)
+            if (lost or problems) and self._conclude(members, lost, problems):
+                return
 
     def _hear(self, connection: socket.socket, member: _Member, lost: list[_Member], problems: list[str]) -> bool:
         """One message or the end of one connection; False when it is over."""
@@ -150,19 +158,18 @@ class PeerWatch:
                 return False  # no rank of this job
         return True
 
-    def _conclude(self, members: dict[socket.socket, _Member], lost: list[_Member], problems: list[str]) -> None:
+    def _conclude(self, members: dict[socket.socket, _Member], lost: list[_Member], problems: list[str]) -> bool:
+        """Say what happened and end the job; False where this rank is about to end on its own and says it."""
         if problems and not lost:
             time.sleep(_OWN_WORDS_SECONDS)
         elif any(member.host != self._host for member in lost):
             lost += _also_gone(members)  # but if it was on this host the launcher ends this rank too, any moment now
         if self._leaving.is_set():
-            return
-        if lost:
-            logger.error("%s; %s", describe_loss([(member.rank, member.host) for member in lost]), self._advice())
-        else:
-            logger.error("%s", problems[0])
+            return False
         self._tell_all(members, {"over": True})
+        logger.error("%s", self._with_advice([(member.rank, member.host) for member in lost]) if lost else problems[0])
         self._end_here(_GATHER_SECONDS)
+        return True
 
     def _tell_all(self, members: Iterable[socket.socket], message: dict[str, Any]) -> None:
         for connection in members:
@@ -202,10 +209,16 @@ class PeerWatch:
         if not self._leaving.is_set():
             # The first rank of each host says it; on rank 0's host that is the second.
             if self._environment.local_rank == int(self._host == hub_host):
-                logger.error("%s; %s", describe_loss([(0, hub_host)]), self._advice())
+                logger.error("%s", self._with_advice([(0, hub_host)]))
             self._end_here(_PARTING_SECONDS)
 
     # Both.
+
+    def _with_advice(self, lost: Iterable[tuple[int, str]]) -> str:
+        try:
+            return f"{describe_loss(lost)}; {self._advice()}"
+        except (UserError, OSError) as error:  # the file system may have gone with the host
+            return f"{describe_loss(lost)}; start the same command again (where it goes on from cannot be read: {error})"
 
     def _end_here(self, after_seconds: float) -> None:
         # The main thread may wait in a collective for ever; whatever is on disk is complete at any moment.
@@ -243,11 +256,8 @@ def _also_gone(members: dict[socket.socket, _Member]) -> list[_Member]:
     return gone
 
 
-def _accept(listener: socket.socket) -> socket.socket | None:
-    try:
-        connection, _ = listener.accept()
-    except OSError:
-        return None
+def _accept(listener: socket.socket) -> socket.socket:
+    connection, _ = listener.accept()
     _keep_alive(connection)
     return connection
 

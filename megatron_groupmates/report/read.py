@@ -113,8 +113,8 @@ def read_run(directory: Path) -> Run:
         raise UserError(f"{directory} holds a damaged file: {error}; restore it from a copy") from error
     if not isinstance(config, dict):
         raise UserError(f"{paths.config} is not a run's config: a mapping expected, found {type(config).__name__}")
-    if selection := _get(config, "run.selection_dir", None):
-        paths = replace(paths, selection=Path(selection))
+    output_dir, selection = _get(config, "run.output_dir", str(directory)), _get(config, "run.selection_dir", None)
+    paths = RunPaths.recorded(directory, output_dir, None, selection)
     sequence_length = _get(config, "model.sequence_length", 0)
     name = _get(config, "run.name", directory.name)
     evaluations = {row["consumed_tokens"]: row["evaluation_loss"] for row in rows if "evaluation_loss" in row}

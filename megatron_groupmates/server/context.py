@@ -103,9 +103,7 @@ class RoundContext:
             "reference_fingerprint": held_out_fingerprint(reference_pool),
             **self.exclusion.provenance,
             "code_version": __version__,
-            "settings": sha256_json(
-                {section: config_to_dict(self.config)[section] for section in ("model", "optimizer", "selection", "oracle", "relational")}
-            ),
+            "settings": _settings_digest(self.config),
         }
         if self.groups.is_main:
             path = self.directory / "round.json"
@@ -181,6 +179,14 @@ class RoundContext:
     def stage_costs(self) -> dict[str, Any]:
         """Seconds and FLOPs of every finished stage."""
         return {path.name.removesuffix(".stage.json"): read_json(path) for path in sorted(self.directory.glob("*.stage.json"))}
+
+
+def _settings_digest(config: Config) -> str:
+    """Identifies the settings that a round's results depend on. How the optimizer's state is divided is not among them."""
+    tree = config_to_dict(config)
+    sections = {section: tree[section] for section in ("model", "optimizer", "selection", "oracle", "relational")}
+    del sections["optimizer"]["zero_stage"]
+    return sha256_json(sections)
 
 
 def sample_reader(pool: PoolIndex, device: torch.device, sequence_length: int) -> ReadSamples:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +101,26 @@ def load(engine: deepspeed.DeepSpeedEngine, directory: Path, tag: str | None) ->
     saved, progress = _inspect(engine, groups, directory / tag)
     layout = Layout.of_engine(engine, groups)
     if saved == layout:
-        engine.load_checkpoint(str(directory), tag=tag)
+        with _keeping_settings(engine):
+            engine.load_checkpoint(str(directory), tag=tag)
     else:
         logger.info("checkpoint %s is resharded from %s to %s", directory / tag, saved, layout)
         load_resharded(engine, ZeroCheckpoint(directory / tag), groups)
     return progress
+
+
+@contextlib.contextmanager
+def _keeping_settings(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+    """DeepSpeed loads the optimizer's settings with its state; a run that branches has settings of its own."""
+    optimizer = engine.optimizer
+    names = ("weight_decay", "betas", "eps")
+    kept = [{name: group[name] for name in names} for group in optimizer.param_groups]
+    clipping = getattr(optimizer, "clip_grad", None)
+    yield
+    for group, settings in zip(optimizer.param_groups, kept, strict=True):
+        group.update(settings)
+    if clipping is not None:
+        optimizer.clip_grad = clipping
 
 
 def _remove_stale_files(groups: ParallelGroups, tag_dir: Path) -> None:

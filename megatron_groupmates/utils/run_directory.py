@@ -19,10 +19,14 @@ def check_run_directory(config: Config) -> RunPaths:
         differences = config_differences(read_run_config(paths.root), config)
         if differences:
             raise UserError(
-                f"{paths.root} holds a run with other settings; use another run.output_dir, or set these back:\n  "
+                f"{paths.root} holds a run with other settings; use another {_directory_setting(config)}, or set these back:\n  "
                 + "\n  ".join(differences)
             )
     return paths
+
+
+def _directory_setting(config: Config) -> str:
+    return "run.output_dir" if config.checkpoint.format == "groupmates" else "--group-mates-selection"
 
 
 def write_run_config(config: Config) -> None:
@@ -61,7 +65,8 @@ def find_checkpoint(config: Config) -> tuple[Path, str | None] | None:
         UserError: ``checkpoint.load`` is not a directory.
     """
     own = RunPaths.of(config).checkpoints
-    if (own / "latest").is_file():
+    # The file of DeepSpeed, or of Megatron-LM.
+    if any((own / name).is_file() for name in ("latest", "latest_checkpointed_iteration.txt")):
         return own, None
     if config.checkpoint.load is None:
         return None

@@ -151,7 +151,10 @@ def test_rank_0_that_cannot_write_says_so(config: Config, tmp_path: Path, monkey
 def test_directories_inside_of_the_run_are_looked_at_once(tmp_path: Path) -> None:
     run = {"output_dir": str(tmp_path / "run")}
     assert shared_directories(tiny_config(run=run)) == {"run.output_dir": run["output_dir"]}
-    apart = tiny_config(run={**run, "selection_dir": str(tmp_path / "selection")}, checkpoint={"directory": str(tmp_path / "save")})
+    apart = tiny_config(
+        run={**run, "selection_dir": str(tmp_path / "selection")},
+        checkpoint={"format": "megatron_lm", "directory": str(tmp_path / "save")},
+    )
     assert shared_directories(apart) == {
         "run.output_dir": run["output_dir"],
         "checkpoint.directory": str(tmp_path / "save"),

@@ -22,6 +22,8 @@ from tests.common.configs import tiny_config
         ),
         ({"model": {"rotary_percent": 0.4}}, ["model.rotary_percent: 0.4", "heads of size 8", "rotates 3"]),
         ({"model": {"rotary_percent": 0.0}}, ["model.rotary_percent: 0.0", "rotates 0"]),
+        ({"checkpoint": {"directory": "/saves"}}, ["checkpoint.directory: /saves", "run.output_dir"]),
+        ({"run": {"output_dir": "run", "selection_dir": "/sel"}}, ["run.selection_dir: /sel", "run.output_dir"]),
         ({"model": {"num_query_groups": 3}}, ["model.num_query_groups: 3", "model.num_attention_heads 4"]),
         ({"parallel": {"tensor_model_parallel_size": 3}}, ["parallel.tensor_model_parallel_size: 3", "4 query groups"]),
         (

@@ -306,14 +306,17 @@ class Scenario:
         settings.write_text(yaml.safe_dump({"data": {"reference": str(held_out)}, **SELECTION}))
         save, log = self._directory / "save", self._directory / "train.log"
         arguments = self.arguments(self.selection, settings)
-        trainer = self._fork.start(self._start, save, log, *arguments)
+        trainer, server = self._fork.start(self._start, save, log, *arguments), None
         try:
             await_step(trainer, log, REFRESH)
             server = self._serve(save, server_port)
             await_step(trainer, log, KILL_AFTER, server)
-        finally:
             stop(trainer)
-        finish(server, self._directory / "server.log")
+            finish(server, self._directory / "server.log")
+        finally:
+            for process in (trainer, server):
+                if process is not None and process.poll() is None:
+                    stop(process)
         found = losses(log)
         check(max(found) < STEPS, "training was over before it could be killed")
         resumed = self._fork.train(self._start, save, self._directory / "resumed.log", *arguments)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_groupmates.config import Config, RunPaths, UserError
+from megatron_groupmates.config import Config, RunPaths
 from megatron_groupmates.pool.generation import load_generation, read_pointer, read_provenance
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.server import watch
@@ -83,8 +83,10 @@ def test_the_refreshes_of_a_checkouts_run_are_found(groups, tmp_path):
     assert read_pointer(RunPaths.of(config).selection) == 1
 
 
-def test_checkpoints_that_are_not_read_are_refused_at_once(groups, tmp_path):
+def test_a_checkpoint_of_another_trainer_than_the_config_says_fails_its_round(groups, tmp_path):
     config = selection_run(tmp_path)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, format="megatron_lm"))
-    with pytest.raises(UserError, match=r"checkpoint\.format: megatron_lm"):
-        watch.serve(config, groups, once=True)
+    assert not watch.serve(config, groups, once=True)
+    paths = RunPaths.of(config)
+    assert "is not a checkpoint of --ckpt-format torch_dist" in read_json(paths.round_failure(1))["reason"]
+    assert not read_pointer(paths.selection)

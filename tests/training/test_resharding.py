@@ -169,6 +169,20 @@ def test_every_bit_survives_a_chain_of_layouts(whole: Whole):
             assert torch.equal(first[name], last[name]) and first[name].dtype == last[name].dtype, name
 
 
+def test_a_branch_trains_with_its_own_optimizer_settings(whole: Whole):
+    """Whether DeepSpeed loads the parent's checkpoint or, at another ZeRO stage, we do."""
+    own = ("optimizer.weight_decay=0.25", "optimizer.beta2=0.875", "optimizer.epsilon=1e-6")
+    for stage in (1, 2):
+        config = make_config(whole.root, *COMMON, *own, f"{STAGE}{stage}", run=f"branch-{stage}")
+        target = whole.root / f"branched-{stage}" / tag(whole.config).name
+        run_ranks(hop, 1, [Hop(config=config, source=tag(whole.config), target=target)], tmp_path=whole.root)
+        groups = ZeroCheckpoint(target).param_groups
+        assert [(group["weight_decay"], tuple(group["betas"]), group["eps"]) for group in groups] == [
+            (0.25, (0.9, 0.875), 1e-6),
+            (0.0, (0.9, 0.875), 1e-6),
+        ]
+
+
 def check_equal(found: ZeroCheckpoint, expected: ZeroCheckpoint) -> None:
     assert (found.adam_step, found.step, found.names) == (expected.adam_step, expected.step, expected.names)
     for name in expected.names:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from megatron_groupmates.config import UserError
+from megatron_groupmates.config import RunPaths, UserError
 from megatron_groupmates.utils.run_directory import (
     check_run_directory,
     find_checkpoint,
     generation_log_source,
+    open_run,
     read_run_config,
     write_run_config,
 )
@@ -51,6 +53,37 @@ def test_what_may_change_may_change(tmp_path: Path) -> None:
     assert check_run_directory(longer).root == tmp_path
     write_run_config(longer)
     assert read_run_config(tmp_path) == longer
+
+
+def test_a_checkouts_own_optimizer_settings_may_change(tmp_path: Path) -> None:
+    run, checkpoint = {"output_dir": str(tmp_path)}, {"format": "megatron_deepspeed"}
+    write_run_config(tiny_config(run=run, checkpoint=checkpoint))
+    longer = tiny_config(run=run, checkpoint=checkpoint, training={"train_iters": 99}, optimizer={"learning_rate": 1e-3, "zero_stage": 3})
+    assert check_run_directory(longer).root == tmp_path
+    with pytest.raises(UserError, match=r"use another --group-mates-selection, or set these back:\n  model.num_layers: 2 -> 3"):
+        check_run_directory(tiny_config(run=run, checkpoint=checkpoint, model={"num_layers": 3}))
+    with pytest.raises(UserError, match=r"optimizer.beta2: 0.95 -> 0.9"):  # the oracle's steps take it
+        check_run_directory(tiny_config(run=run, checkpoint=checkpoint, optimizer={"beta2": 0.9}))
+
+
+def test_a_checkout_of_megatron_lm_announces_its_checkpoints_in_a_file_of_its_own(tmp_path: Path) -> None:
+    config = tiny_config(run={"output_dir": str(tmp_path)}, checkpoint={"format": "megatron_lm", "directory": str(tmp_path / "saves")})
+    assert find_checkpoint(config) is None
+    (tmp_path / "saves").mkdir()
+    (tmp_path / "saves/latest_checkpointed_iteration.txt").write_text("100")
+    assert find_checkpoint(config) == (tmp_path / "saves", None)
+
+
+def test_a_copied_run_is_looked_at_where_it_is(tmp_path: Path) -> None:
+    before, elsewhere = tmp_path / "before", tmp_path / "saves"
+    config = tiny_config(
+        run={"output_dir": str(before), "selection_dir": str(before)}, checkpoint={"format": "megatron_lm", "directory": str(elsewhere)}
+    )
+    write_run_config(config)
+    shutil.copytree(before, tmp_path / "copy")
+    for run in (before, tmp_path / "copy"):
+        assert open_run(run) == (config, RunPaths(run, elsewhere, run))
+    assert RunPaths.of(tiny_config(run={"output_dir": str(before)}), tmp_path / "copy") == RunPaths.below(tmp_path / "copy")
 
 
 def test_what_is_not_a_run_is_told(tmp_path: Path) -> None:
