@@ -85,7 +85,7 @@ def settings_of_megatron_deepspeed(args: Any, rotary_angles: Literal["positions"
 
     Args:
         args: its arguments after ``validate_args`` and after it has read the DeepSpeed config: a Namespace or a mapping.
-        rotary_angles: what the checkout rotates queries and keys by (``model.rotary_angles``). From its commit 0d6e3793 on, where
+        rotary_angles: what the checkout rotates queries and keys by (``model.rotary_angles``). From its commit 676a482c on, where
             ``RotaryEmbedding`` returns a list of cosines and sines, the attention takes the cosines for the angles.
 
     Raises:

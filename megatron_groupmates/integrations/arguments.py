@@ -5,13 +5,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import sys
 
 from megatron_groupmates.config import UserError
 from megatron_groupmates.utils.storage import is_remote
 
 
 def add_group_mates_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the argument group; what the trainer calls an ``extra_args_provider``. Without any of them nothing changes."""
+    """Add the argument group; what the trainer calls an ``extra_args_provider``. Without any of them nothing changes.
+
+    Raises:
+        UserError: the command line has ``--yaml-cfg`` beside them, with whose file Megatron-LM replaces all arguments.
+    """
+    own = next((word for word in sys.argv if word.startswith("--group-mates-")), None)
+    if own and any(word.partition("=")[0] == "--yaml-cfg" for word in sys.argv):
+        raise UserError(
+            f"--yaml-cfg: its file replaces all arguments, so {own.partition('=')[0]} would have no effect; give the settings of the file "
+            "as arguments"
+        )
     group = parser.add_argument_group("Group-MATES", "train on data selected for the model; off unless --group-mates-selection is given")
     group.add_argument(
         "--group-mates-selection",

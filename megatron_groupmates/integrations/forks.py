@@ -7,14 +7,18 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from megatron_groupmates.checkpoint.constructors import Record
 from megatron_groupmates.checkpoint.unpickle import load
 from megatron_groupmates.config import UserError
 from megatron_groupmates.config.forks import settings_of_megatron_deepspeed
+
+_ROTARY_LENGTH, _ROTARY_DIM = 5, 8  # of the example that is rotated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,54 @@ def text_item(tokens: np.ndarray) -> dict[str, np.ndarray]:
     return {"text": tokens}
 
 
+def rotary_angles(module: ModuleType) -> Literal["positions", "cosines"]:
+    """What a Megatron-DeepSpeed checkout rotates queries and keys by, found by rotating some (``model.rotary_angles``).
+
+    Args:
+        module: the checkout's ``megatron.model.rotary_pos_embedding``; left as it is.
+
+    Raises:
+        UserError: by neither the positions' angles nor their cosines.
+    """
+    before, problem = dict(vars(module)), "neither by the positions' angles nor by their cosines"
+    try:
+        given = module.RotaryEmbedding(_ROTARY_DIM)(_ROTARY_LENGTH)
+        # As its model takes it: one tensor for both, or one for queries and one for keys.
+        for_queries, for_keys = (given, given) if isinstance(given, torch.Tensor) else given
+        vectors = torch.randn(_ROTARY_LENGTH, 1, 1, _ROTARY_DIM, generator=torch.Generator().manual_seed(0)).to(for_queries.device)
+        found = [module.apply_rotary_pos_emb(vectors, by) for by in (for_queries, for_keys)]
+        angles = _angles().to(for_queries.device)
+        for name, by in (("positions", angles), ("cosines", angles.cos())):
+            expected = _rotated(vectors, by)
+            if all(torch.allclose(one, expected, atol=1e-4) for one in found):
+                return name
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        problem = f"in a way that is not known here ({type(error).__name__}: {error})"
+    finally:
+        vars(module).update(before)  # it keeps what it last rotated by
+    raise UserError(
+        f"--use-rotary-position-embeddings: {module.__name__} of this checkout rotates {problem}, so the selection server cannot "
+        "compute what the trainer does; use the checkout's own version of that file, or learned positions"
+    )
+
+
+def _angles() -> torch.Tensor:
+    """float32[length, 1, 1, dim], at Megatron's default base."""
+    frequencies = 10000 ** (-torch.arange(0, _ROTARY_DIM, 2).float() / _ROTARY_DIM)
+    return torch.outer(torch.arange(_ROTARY_LENGTH).float(), frequencies).repeat(1, 2)[:, None, None]
+
+
+def _rotated(vectors: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    first, second = vectors.chunk(2, dim=-1)
+    return vectors * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
+
+
+def _settings(args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    if not args.get("use_rotary_position_embeddings"):
+        return settings_of_megatron_deepspeed(args)
+    return settings_of_megatron_deepspeed(args, rotary_angles(importlib.import_module("megatron.model.rotary_pos_embedding")))
+
+
 def _end_of_document() -> int | None:
     return getattr(importlib.import_module("megatron").get_tokenizer(), "eod", None)
 
@@ -62,7 +114,7 @@ def _saved_state(args: argparse.Namespace) -> dict[str, Any] | None:
 
 MEGATRON_DEEPSPEED = Fork(
     checkpoint_format="megatron_deepspeed",
-    settings=settings_of_megatron_deepspeed,
+    settings=_settings,
     item=text_item,
     end_of_document=_end_of_document,
     saved_state=_saved_state,

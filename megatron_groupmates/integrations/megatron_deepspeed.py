@@ -70,4 +70,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
+        session.close(failed=True)
         sys.exit(f"error: {error}")

@@ -51,6 +51,9 @@ _REFUSED = (
     ("perform_rl_step", "--perform-rl-step", "no pretraining data at all"),
     ("full_validation", "--full-validation", "a validation set with an end"),
     ("multiple_validation_sets", "--multiple-validation-sets", "several validation sets"),
+    ("async_save", "--async-save", "checkpoints that are completed in later steps, by processes forked beside threads"),
+    ("inprocess_restart", "--inprocess-restart", "several starts in one process"),
+    ("override_ckpt_iteration", "--override-ckpt-iteration", "another step than the checkpoint's"),
 )
 
 # The trainer's arguments at the last boundary: Megatron-LM's own 'iteration' stays that of the loaded checkpoint.
@@ -66,7 +69,7 @@ def datasets(args: argparse.Namespace, train_val_test_num_samples: Sequence[int]
     loader starts; so does the checkout as its provider has ``is_distributed``. Ranks that read no data get (None, None, None).
 
     Args:
-        args: the checkout's, validated.
+        args: the checkout's, validated. Its ``eval_iters`` becomes 0 where there is no held-out pool.
         train_val_test_num_samples: samples that training, validation and test will ask for.
 
     Raises:
@@ -76,10 +79,14 @@ def datasets(args: argparse.Namespace, train_val_test_num_samples: Sequence[int]
     from megatron.core.datasets.utils import Split
 
     _check_arguments(args)
+    first = _at_boundary is None
     train, valid = None, None
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         train, valid, _ = session.datasets(_arguments_at(args, args.iteration), train_val_test_num_samples, _fork_of(args))
-    if not getattr(args, "skip_train", False):
+    if args.group_mates_evaluation is None:
+        # From core_v0.14 on the checkout evaluates wherever it is to, on a None that it has put into a list.
+        args.eval_iters = 0
+    if first and not getattr(args, "skip_train", False):
         # The checkout calls its hook after steps only: the samples of the first one are settled here.
         step_boundary(args, args.iteration)
     for dataset, split in ((train, Split.train), (valid, Split.valid)):
@@ -140,6 +147,11 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name, flag, what in _REFUSED:
         if value := getattr(args, name, None):
             raise UserError(f"{flag} ({value}) means {what}, which Group-MATES cannot follow; leave it out")
+    if getattr(args, "non_persistent_ckpt_type", None) == "local":
+        raise UserError(
+            "--non-persistent-ckpt-type local: Group-MATES cannot read from such a checkpoint what it was trained on; use global, or leave "
+            "it out"
+        )
     if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
         raise UserError(
             "--reset-attention-mask has no effect under --no-create-attention-mask-in-dataloader: the selection server would measure "
@@ -218,4 +230,5 @@ if __name__ == "__main__":
     try:
         run(sys.argv[1:])
     except UserError as error:
+        session.close(failed=True)
         sys.exit(f"error: {error}")

@@ -9,15 +9,16 @@ from __future__ import annotations
 import argparse
 import atexit
 import datetime
+import json
 import logging
+import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_groupmates.config import RunPaths, UserError
+from megatron_groupmates.config import Config, RunPaths, UserError, dump_config, parse_config
 from megatron_groupmates.integrations.arguments import GroupMatesArguments
 from megatron_groupmates.integrations.forks import MEGATRON_DEEPSPEED, Fork
 from megatron_groupmates.integrations.resume import check_resume, saved_state
@@ -33,7 +34,7 @@ from megatron_groupmates.training.data import check_same_tokenizer, open_pool
 from megatron_groupmates.training.live_order import LiveOrder
 from megatron_groupmates.training.metrics import MetricsFile, read_training_state, write_training_state
 from megatron_groupmates.utils.logging import show_package_messages
-from megatron_groupmates.utils.run_directory import check_run_directory, read_run_config, write_run_config
+from megatron_groupmates.utils.run_directory import check_run_directory, write_run_config
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +76,23 @@ def step_boundary(args: argparse.Namespace, fork: Fork = MEGATRON_DEEPSPEED) -> 
     _session(args, fork).step_boundary(args)
 
 
-def close() -> None:
-    """Forget the session, at the end of the process or of a test; records that training is over where it is."""
+def close(failed: bool = False) -> None:
+    """Forget the session, at the end of the process or of a test; records that training is over where it is.
+
+    Args:
+        failed: an error ends the process, perhaps in what comes after the last step: nothing is recorded.
+    """
     global _open
     if _open is not None:
         session, _open = _open, None
-        atexit.unregister(close)
-        session.close()
+        atexit.unregister(_close_at_exit)
+        if not failed:
+            session.close()
+
+
+def _close_at_exit() -> None:
+    # Set by the interpreter before it prints the exception that ends it.
+    close(failed=getattr(sys, "last_value", None) is not None)
 
 
 def _session(args: argparse.Namespace, fork: Fork) -> Session:
@@ -90,7 +101,7 @@ def _session(args: argparse.Namespace, fork: Fork) -> Session:
         arguments = GroupMatesArguments.of(args)
         assert arguments is not None, "called without --group-mates-selection"
         _open = Session(args, arguments, fork)
-        atexit.register(close)
+        atexit.register(_close_at_exit)
     return _open
 
 
@@ -104,14 +115,28 @@ class Session:
         show_package_messages("group-mates", self._job.rank)
         store = dist.distributed_c10d._get_default_store()
         if self._job.is_main:
-            self._config = resolve_config(args, arguments, fork)
-            check_run_directory(self._config)
+            try:
+                config = resolve_config(args, arguments, fork)
+                check_run_directory(config)
+                self._open_run(config)
+            except Exception as error:
+                store.set(_READY, json.dumps({"error": f"{type(error).__name__}: {error}"}))
+                raise
+            store.set(_READY, json.dumps({"config": dump_config(config)}))
         else:
-            store.wait([_READY], _READY_TIMEOUT)
-            self._config = read_run_config(Path(arguments.selection))
+            self._open_run(_config_of_rank_0(store))
+        self._shared = SharedLog(self._order.current.entries, self._settled)
+        self._metrics = MetricsFile(self._paths.metrics, args.iteration, self._job.is_main, lambda row, step: None)
+        self._adopter = GenerationAdopter(self._config, self._pool, self._order, self._job, self._write_event)
+        self._earlier_seconds = read_training_state(self._paths).get("seconds", 0.0)
+        self._started = time.monotonic()
+
+    def _open_run(self, config: Config) -> None:
+        """Pool, log and order of the run; rank 0 begins what is new."""
+        self._config = config
         self._paths = RunPaths.of(self._config)
         self._pool = open_pool(self._config, self._config.data.pool, "--group-mates-pool")
-        check_end_of_document(self._config, self._pool, fork)
+        check_end_of_document(self._config, self._pool, self._fork)
         self._exclusion = open_exclusion(self._config, self._pool)
         self._packing = choose_packing(self._pool, self._config.data.packing, self._config.model.sequence_length)
         logger.info("training data come from %s (%d samples), as %s says", self._pool.directory, self._pool.num_samples, self._paths.root)
@@ -121,13 +146,6 @@ class Session:
         # A step may come before the first boundary.
         self._settled = 0
         self._settle_next_step()
-        if self._job.is_main:
-            store.set(_READY, "yes")
-        self._shared = SharedLog(self._order.current.entries, self._settled)
-        self._metrics = MetricsFile(self._paths.metrics, args.iteration, self._job.is_main, lambda row, step: None)
-        self._adopter = GenerationAdopter(self._config, self._pool, self._order, self._job, self._metrics.write)
-        self._earlier_seconds = read_training_state(self._paths).get("seconds", 0.0)
-        self._started = time.monotonic()
 
     def datasets(self, num_samples: Sequence[int]) -> tuple[GlobalSampleDataset | None, HeldOutDataset | None, None]:
         """What :func:`datasets` gives."""
@@ -135,25 +153,29 @@ class Session:
         if num_samples[0]:
             batch = config.training.global_batch_size
             order, item = self._order.current, self._fork.item
-            train = GlobalSampleDataset(self._pool, self._paths.selection, order, self._shared, num_samples[0], batch, item)
+            # The trainer's sampler refuses to start at the end of its data, where a finished run is started again.
+            length = max(num_samples[0], self._args.consumed_train_samples + batch)
+            train = GlobalSampleDataset(self._pool, self._paths.selection, order, self._shared, length, batch, item)
         if num_samples[1] and config.data.evaluation is not None:
             pool = open_pool(config, config.data.evaluation, "--group-mates-evaluation")
             check_same_tokenizer(self._pool, pool, "--group-mates-evaluation")
-            valid = HeldOutDataset(pool, config.model.sequence_length, num_samples[1], self._fork.item)
+            length = getattr(self._args, "consumed_valid_samples", 0) + num_samples[1]
+            valid = HeldOutDataset(pool, config.model.sequence_length, length, self._fork.item)
         elif num_samples[1] and self._job.is_main:
             logger.warning("there is no validation: --eval-iters asks for it, but --group-mates-evaluation names no held-out pool")
         return train, valid, None
 
     def step_boundary(self, args: argparse.Namespace) -> None:
         """What :func:`step_boundary` does."""
-        if not self._stepping:
+        first, self._stepping = not self._stepping, True
+        if first:
             self._check_same_log()
-            self._stepping = True
-        self._adopter.at_step_boundary(args.iteration - self._fork.boundary_before_save, self._settled)
+        self._adopter.at_step_boundary(max(0, args.iteration - self._fork.boundary_before_save), self._settled)
         self._settle_next_step()
         self._shared.publish(self._order.current.entries, self._settled)
         args.group_mates = self._state(self._order.current.entries)
-        if args.iteration % (getattr(args, "log_interval", None) or 1) == 0:
+        # At the first one too: a run that is trained on after its end is no longer finished.
+        if first or args.iteration % (getattr(args, "log_interval", None) or 1) == 0:
             self._record("running")
 
     def close(self) -> None:
@@ -177,6 +199,11 @@ class Session:
             logger.info("Group-MATES is switched on at sample %d: the samples before it did not come from the pool", consumed)
 
     def _read_order(self) -> LiveOrder:
+        if not read_log(self._paths.generation_log):
+            raise UserError(
+                f"{self._paths.generation_log}: rank {self._job.rank} finds no log there, where rank 0 has begun one; "
+                "--group-mates-selection must be on a file system that all hosts share"
+            )
         entries, masks = read_generation_log(self._config, self._pool, self._exclusion, self._args.consumed_train_samples)
         seed, excluded = self._config.run.seed, self._exclusion.mask
         return LiveOrder(self._pool.num_samples, seed, entries, masks, self._commit_epoch, excluded, self._packing)
@@ -207,6 +234,9 @@ class Session:
         self._settled = -(-stop // batch) * batch
         self._order.ensure(self._settled)
 
+    def _write_event(self, row: dict[str, Any]) -> None:
+        self._metrics.write(row | {"step": self._args.iteration})
+
     def _record(self, state: str) -> None:
         if not self._job.is_main:
             return
@@ -219,6 +249,15 @@ class Session:
             consumed_tokens=consumed * self._config.model.sequence_length,
             seconds=round(seconds, 2),
         )
+
+
+def _config_of_rank_0(store: dist.Store) -> Config:
+    """The run's config once rank 0 has opened it; not from its file, which another host may see later."""
+    store.wait([_READY], _READY_TIMEOUT)
+    said = json.loads(store.get(_READY))
+    if "error" in said:
+        raise UserError(f"rank 0 has ended: {said['error']}")
+    return parse_config(said["config"], source="the config of rank 0")
 
 
 def read_ahead_samples(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,10 @@ def resolve_config(args: argparse.Namespace, arguments: GroupMatesArguments, for
     run, data, selection = (tree.setdefault(name, {}) for name in ("run", "data", "selection"))
     run |= {"output_dir": arguments.selection, "selection_dir": arguments.selection, "seed": args.seed}
     data |= {"pool": arguments.pool, "evaluation": arguments.evaluation, "num_workers": args.num_workers}
-    data |= {name: absolute(data[name]) for name in ("reference", "exclude") if isinstance(data.get(name), str)}
+    data |= {name: absolute(data[name]) for name in ("reference", "exclude", "cache_directory") if isinstance(data.get(name), str)}
+    relational = tree.get("relational", {})
+    if os.path.isdir(encoder := absolute(str(relational.get("encoder")))):
+        relational["encoder"] = encoder
     selection.setdefault("enabled", True)
     if arguments.poll_interval is not None:
         selection["poll_interval_steps"] = arguments.poll_interval
@@ -108,7 +112,9 @@ def _read_file(path: str) -> dict[str, dict[str, Any]]:
     except yaml.YAMLError as error:
         raise UserError(f"--group-mates-config {path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict) or not all(isinstance(settings, dict) for settings in tree.values()):
-        raise UserError(f"--group-mates-config {path} must hold a mapping of sections ({', '.join(SECTIONS_OF_FILE)}), each with its settings")
+        raise UserError(
+            f"--group-mates-config {path} must hold a mapping of sections ({', '.join(SECTIONS_OF_FILE)}), each with its settings"
+        )
     for section, settings in tree.items():
         allowed = SECTIONS_OF_FILE.get(section, ())
         refused = [] if allowed is None else [f"{section}.{name}" for name in settings if name not in allowed]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,12 @@ def test_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatch: pytest
 def test_what_makes_no_sense_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         GroupMatesArguments.of(parse(*words))
+
+
+@pytest.mark.parametrize("yaml_words", [["--yaml-cfg", "c.yaml"], ["--yaml-cfg=c.yaml"]])
+def test_a_file_that_replaces_all_arguments(monkeypatch: pytest.MonkeyPatch, yaml_words: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *yaml_words])
+    parse()
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--group-mates-pool=p", *yaml_words])
+    with pytest.raises(UserError, match="--yaml-cfg: its file replaces all arguments, so --group-mates-pool would have no effect"):
+        parse()

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,6 +144,10 @@ def trainer_arguments(**changes: Any) -> argparse.Namespace:
         ({"sft": True}, r"--sft \(True\) means fine-tuning data, which Group-MATES cannot follow"),
         ({"phase_transition_iterations": [5]}, r"--phase-transition-iterations \(\[5\]\) means sample numbers that begin at 0"),
         ({"iterations_to_skip": [3]}, r"--iterations-to-skip \(\[3\]\) means steps that no step hook sees"),
+        ({"async_save": True}, r"--async-save \(True\) means checkpoints that are completed in later steps"),
+        ({"inprocess_restart": True}, r"--inprocess-restart \(True\) means several starts in one process"),
+        ({"override_ckpt_iteration": 7}, r"--override-ckpt-iteration \(7\) means another step than the checkpoint's"),
+        ({"non_persistent_ckpt_type": "local"}, "--non-persistent-ckpt-type local: .* cannot read from such a checkpoint"),
         ({"reset_attention_mask": True, "create_attention_mask_in_dataloader": False}, "--reset-attention-mask has no effect under"),
     ],
 )
@@ -161,6 +166,32 @@ def test_a_provider_that_some_ranks_alone_would_call(monkeypatch: pytest.MonkeyP
     megatron_lm._check_arguments(trainer_arguments())
 
 
+@pytest.mark.parametrize("evaluation", [None, "held-out"])
+def test_datasets_of_virtual_stages(monkeypatch: pytest.MonkeyPatch, evaluation: str | None) -> None:
+    """One boundary before the first step, however often datasets are built; no evaluation without a pool for it."""
+    split = SimpleNamespace(train="train", valid="valid")
+    ranks = SimpleNamespace(get_tensor_model_parallel_rank=lambda: 0)
+    monkeypatch.setitem(sys.modules, "megatron.core", SimpleNamespace(parallel_state=ranks))
+    monkeypatch.setitem(sys.modules, "megatron.core.datasets.utils", SimpleNamespace(Split=split))
+    monkeypatch.setattr(megatron_lm, "_at_boundary", None)
+    monkeypatch.setattr(megatron_lm, "_fork_of", lambda args: None)
+    boundaries: list[int] = []
+
+    def boundary(args: argparse.Namespace, fork: None) -> None:
+        boundaries.append(args.iteration)
+        args.group_mates = {}
+
+    held_out = SimpleNamespace() if evaluation else None
+    monkeypatch.setattr(megatron_lm.session, "datasets", lambda args, samples, fork: (SimpleNamespace(), held_out, None))
+    monkeypatch.setattr(megatron_lm.session, "step_boundary", boundary)
+    args = trainer_arguments(iteration=6, eval_iters=100, group_mates_evaluation=evaluation)
+    for _ in range(2):
+        train, valid, test = megatron_lm.datasets(args, [8, 4, 4])
+        assert (train.split, valid and valid.split, test) == ("train", evaluation and "valid", None)
+    assert boundaries == [6]
+    assert args.eval_iters == (100 if evaluation else 0)
+
+
 @pytest.mark.parametrize("path", ["common.pt", "mp_rank_00/model_optim_rng.pt", "mp_rank_00_000/model_optim_rng.pt"])
 def test_the_saved_state_is_read_as_data(tmp_path: Path, path: str) -> None:
     args = argparse.Namespace(load=str(tmp_path), iteration=7)
@@ -176,6 +207,28 @@ def test_the_saved_state_is_read_as_data(tmp_path: Path, path: str) -> None:
     torch.save({"args": argparse.Namespace(group_mates=argparse.ArgumentParser)}, file)
     with pytest.raises(UserError, match=r"refused: the file wants to create or call 'argparse.ArgumentParser'"):
         saved_state(args)
+
+
+@pytest.mark.parametrize("given", [None, "elsewhere"])
+def test_the_saved_state_of_a_non_persistent_checkpoint(tmp_path: Path, given: str | None) -> None:
+    other = tmp_path / given if given else tmp_path / "load" / "non_persistent"
+    for directory, name in ((tmp_path / "load", "persistent"), (other, "non-persistent")):
+        (directory / "iter_0000007").mkdir(parents=True)
+        torch.save({"args": argparse.Namespace(group_mates={"from": name})}, directory / "iter_0000007" / "common.pt")
+    args = argparse.Namespace(
+        load=str(tmp_path / "load"),
+        iteration=7,
+        non_persistent_ckpt_type="global",
+        non_persistent_global_ckpt_dir=str(other) if given else None,
+    )
+    assert saved_state(args) == {"from": "persistent"}, "it has no tracker"
+    tracker = other / "latest_checkpointed_iteration.txt"
+    tracker.write_text("6")
+    assert saved_state(args) == {"from": "persistent"}, "an older one is not loaded"
+    tracker.write_text("7")
+    assert saved_state(args) == {"from": "non-persistent"}
+    args.non_persistent_ckpt_type = None
+    assert saved_state(args) == {"from": "persistent"}
 
 
 def test_it_imports_no_trainer() -> None:

@@ -152,6 +152,7 @@ def test_a_run_adopts_mid_run_and_resumes_at_another_data_parallel_size(checkout
     index = make_pool(tmp_path / "pool", (40, 56, 48), samples=samples, vocab_size=1000)
     publisher = publish_when_saved(tmp_path, index, np.arange(100, 140))
     options = [*group_mates(tmp_path), "--save", str(tmp_path / "save"), "--save-interval", str(REFRESH)]
+    options += ["--eval-iters", "2", "--eval-interval", "3"]  # without a pool for it there is none
     whole = train(patched(checkout, tmp_path / "patched"), 2, *options, record=str(tmp_path / "first"))
     publisher.join()
 
@@ -177,6 +178,10 @@ def test_a_run_adopts_mid_run_and_resumes_at_another_data_parallel_size(checkout
 
     state = json.loads((tmp_path / "selection" / "training.json").read_text())
     assert (state["state"], state["step"], state["consumed_train_samples"]) == ("finished", STEPS, STEPS * BATCH)
+
+    # Started once more after its end: nothing is left to train on, and nothing fails.
+    assert train(checkout, 1, *options[:-2], entry=ENTRY) == {}
+    assert json.loads((tmp_path / "selection" / "training.json").read_text())["state"] == "finished"
 
 
 @pytest.mark.timeout(600)

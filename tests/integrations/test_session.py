@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import subprocess
@@ -11,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from megatron_groupmates.cli.inspect_commands import run_order
 from megatron_groupmates.cli.main import main as command
-from megatron_groupmates.config import UserError
+from megatron_groupmates.config import UserError, dump_config
 from megatron_groupmates.integrations import session
 from megatron_groupmates.pool.index import PoolIndex
 from megatron_groupmates.pool.log import read_log
@@ -42,6 +44,12 @@ def expected(directory: Path, first: int, stop: int) -> np.ndarray:
     return PoolReader(index).read_batch(rows)
 
 
+def await_preparation() -> None:
+    """On every rank: a generation seen at the boundary before is adopted at the coming one, however busy the machine is."""
+    assert session._open is not None and session._open._adopter._preparation is not None
+    assert session._open._adopter._preparation.wait(60)
+
+
 def run_alone(directory: Path, stop: int, saved: dict[str, Any] | None = None, **arguments: Any) -> tuple[np.ndarray, dict[str, Any]]:
     with single_rank():
         return train(fork_arguments(directory, **arguments), fork_with(saved), stop)
@@ -52,6 +60,8 @@ def test_a_generation_is_adopted_behind_all_that_was_read(tmp_path: Path, pool: 
     def publish_at_4(step: int) -> None:
         if step == 4:
             publish_rows(tmp_path / "selection", pool, 1)
+        if step == 5:
+            await_preparation()
 
     with single_rank():
         args = fork_arguments(tmp_path, num_workers=workers)
@@ -107,6 +117,61 @@ def test_switched_on_in_the_middle_of_a_run(tmp_path: Path, pool: PoolIndex, cap
 def test_training_by_tokens_is_over_when_they_are(tmp_path: Path, pool: PoolIndex, tokens: int | None, state: str) -> None:
     run_alone(tmp_path, 4, train_tokens=tokens, consumed_train_tokens=4 * BATCH * 8)
     assert read_json(tmp_path / "selection/training.json")["state"] == state
+
+
+def test_a_run_that_goes_on_after_its_end_is_running(tmp_path: Path, pool: PoolIndex) -> None:
+    _, saved = run_alone(tmp_path, STEPS, log_interval=100)
+    assert read_json(tmp_path / "selection/training.json")["state"] == "finished"
+    run_alone(tmp_path, 6, saved, iteration=5, consumed_train_samples=5 * BATCH, log_interval=100)
+    assert read_json(tmp_path / "selection/training.json")["state"] == "running"
+
+
+@pytest.mark.parametrize(("end", "state"), [("", "finished"), ("raise OSError('no space left')", "running")])
+def test_training_is_over_where_no_error_ends_the_process(tmp_path: Path, pool: PoolIndex, end: str, state: str) -> None:
+    program = (
+        "import sys\nfrom pathlib import Path\nimport torch.distributed as dist\n"
+        "from tests.integrations.trainer import STEPS, fork_arguments, fork_with, train\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        f"train(fork_arguments(Path(sys.argv[1])), fork_with(), STEPS)\n{end}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert ("no space left" in done.stderr) is (done.returncode != 0) is (state == "running"), done.stderr
+    assert read_json(tmp_path / "selection/training.json")["state"] == state
+
+
+def test_an_error_that_an_entry_module_prints_is_no_end_either(tmp_path: Path, pool: PoolIndex) -> None:
+    with single_rank():
+        train(fork_arguments(tmp_path), fork_with(), STEPS)
+        session.close(failed=True)
+    assert read_json(tmp_path / "selection/training.json")["state"] == "running"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_finished_run_can_be_started_again(tmp_path: Path, pool: PoolIndex, workers: int) -> None:
+    """The samplers of both trainers assert that there is data after what is consumed, and loaders read it ahead."""
+    make_pool(tmp_path / "held-out", (3,), length=LENGTH, seed=9)
+    _, saved = run_alone(tmp_path, STEPS, num_workers=workers)
+    consumed = STEPS * BATCH
+    with single_rank():
+        counts = {"iteration": STEPS, "consumed_train_samples": consumed, "consumed_valid_samples": 24}
+        args = fork_arguments(tmp_path, group_mates_evaluation=str(tmp_path / "held-out"), num_workers=workers, **counts)
+        train_data, valid, _ = session.datasets(args, [consumed, 8, 8], fork_with(saved))
+        assert (len(train_data), len(valid)) == (consumed + BATCH, 24 + 8)
+        assert len(train_data.__getitems__(range(consumed, consumed + BATCH))) == BATCH
+
+
+def test_events_have_the_trainers_own_step(tmp_path: Path, pool: PoolIndex) -> None:
+    def publish_at_0_and_4(step: int) -> None:
+        if step in (0, 4):
+            publish_rows(tmp_path / "selection", pool, 1 + step // 4)
+        if step == 5:
+            await_preparation()
+
+    with single_rank():
+        fork = dataclasses.replace(fork_with(), boundary_before_save=True)
+        train(fork_arguments(tmp_path), fork, STEPS, before_step=publish_at_0_and_4)
+    events = read_lines(tmp_path / "selection/metrics.jsonl")
+    assert [(event["event"], event["generation"], event["step"]) for event in events] == [("adoption", 1, 0), ("adoption", 2, 5)]
 
 
 def test_samples_run_out_and_begin_again(tmp_path: Path) -> None:
@@ -174,6 +239,8 @@ def four_ranks(rank: int, world_size: int, directory: str) -> Any:
     def publish_at_3(step: int) -> None:
         if step == 3 and rank == 0:
             publish_rows(Path(directory) / "selection", PoolIndex.open(f"{directory}/pool"), 1)
+        if step == 4:
+            await_preparation()
 
     args = fork_arguments(Path(directory), data_parallel_size=2, num_workers=1)
     seen = train(args, fork_with(), STEPS, rank // 2 if rank % 2 == 0 else None, publish_at_3)
@@ -189,6 +256,33 @@ def test_tensor_and_data_parallel_ranks_adopt_together(tmp_path: Path, pool: Poo
     assert len(results[1][0]) == len(results[3][0]) == 0
     # Adopted at boundary 4, behind the two micro-batches that each rank's one process has been asked for.
     assert read_log(tmp_path / "selection/log.jsonl")[1].effective_sample == 4 * BATCH + 2 * 2 * MICRO_BATCH
+
+
+def test_other_ranks_get_the_config_from_rank_0(tmp_path: Path, pool: PoolIndex) -> None:
+    run_alone(tmp_path, 1)
+    config, _ = open_run(tmp_path / "selection")
+    store = dist.HashStore()
+    store.set(session._READY, json.dumps({"config": dump_config(config)}))
+    assert session._config_of_rank_0(store) == config
+
+
+def refused_ranks(rank: int, world_size: int, directory: str) -> str:
+    args = fork_arguments(Path(directory), data_parallel_size=2, dataloader_type="cyclic" if rank == 0 else "single")
+    with pytest.raises(UserError) as refused:
+        session.datasets(args, [48, 0, 0], fork_with())
+    return str(refused.value)
+
+
+def test_all_ranks_end_with_what_rank_0_cannot_open(tmp_path: Path, pool: PoolIndex) -> None:
+    first, second = run_ranks(refused_ranks, 2, str(tmp_path), tmp_path=tmp_path)
+    assert first.startswith("--dataloader-type cyclic: ")
+    assert second == f"rank 0 has ended: UserError: {first}"
+
+
+def test_a_directory_that_hosts_do_not_share(tmp_path: Path, pool: PoolIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "read_log", lambda path: ())
+    with pytest.raises(UserError, match=r"log.jsonl: rank 0 finds no log there, .* must be on a file system that all hosts share"):
+        run_alone(tmp_path, 1)
 
 
 def test_nothing_that_a_checkout_lacks_or_shadows_is_imported() -> None:

@@ -16,7 +16,7 @@ from tests.integrations.trainer import fork_arguments, fork_with
 from tests.pool.helpers import make_pool
 
 FILE: dict[str, dict[str, Any]] = {
-    "data": {"reference": "data/reference"},
+    "data": {"reference": "data/reference", "cache_directory": "cache"},
     "selection": {"first_refresh_step": 4, "refresh_interval": 6},
 }
 
@@ -39,9 +39,20 @@ def test_everything_lies_in_one_directory_but_the_checkpoints(tmp_path: Path, mo
     assert (config.checkpoint.directory, config.checkpoint.format) == (str(tmp_path / "checkpoints/gpt"), "megatron_deepspeed")
     assert (config.checkpoint.save_interval, config.run.seed, config.data.num_workers) == (2, 7, 5)
     assert config.data.reference == str(tmp_path / "data/reference")
+    assert config.data.cache_directory == str(tmp_path / "cache")
+    in_home = resolve(tmp_path, {**FILE, "data": {"reference": "~/reference", "cache_directory": "~/cache"}})
+    assert in_home.data.reference == str(Path.home() / "reference")
+    assert in_home.data.cache_directory == str(Path.home() / "cache")
     assert (config.data.pool, config.data.evaluation) == (str(tmp_path / "pool"), None)
     assert config.selection.enabled and config.selection.poll_interval_steps == 3
     assert (config.model.sequence_length, config.model.vocab_size, config.training.train_iters) == (8, 320, 12)
+
+
+@pytest.mark.parametrize(("encoder", "found"), [("models/small", "{}/models/small"), ("models/absent", "models/absent")])
+def test_an_encoder_in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str, found: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    assert resolve(tmp_path, FILE | {"relational": {"encoder": encoder}}).relational.encoder == found.format(tmp_path)
 
 
 def test_without_a_file_no_round_is_planned(tmp_path: Path) -> None:
