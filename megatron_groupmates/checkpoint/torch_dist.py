@@ -102,15 +102,7 @@ class TorchDistCheckpoint:
     def read_slice(
         self, name: str, kind: str, tensor_parallel_rank: int, tensor_parallel_size: int, vocabulary_rows: int | None = None
     ) -> torch.Tensor:
-        """What rank ``tensor_parallel_rank`` of ``tensor_parallel_size`` holds in megatron-core's layout, float32.
-
-        Args:
-            name: one of :attr:`names`.
-            kind: as for :meth:`read`.
-            tensor_parallel_rank: wanted rank.
-            tensor_parallel_size: wanted size.
-            vocabulary_rows: rows of the whole word embeddings and output layer in the model that reads, when it pads
-                its vocabulary differently. Surplus padding is left out, missing padding is zero.
+        """What a rank holds in megatron-core's layout, float32: as :meth:`~megatron_groupmates.checkpoint.zero.ZeroCheckpoint.read_slice`.
 
         Raises:
             UserError: as :meth:`read`, and when the size does not divide the parameter.
