@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import pickle
 import shutil
 import signal
@@ -194,8 +195,8 @@ def test_damaged_files(checkpoint: Path, tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     reader = TorchDistCheckpoint(tmp_path / "copy")
     with pytest.raises(UserError, match=r"distcp is cut short|is damaged|is not a zip file"):
-        for name in reader.names:
-            reader.read(name, "param")
+        for name, kind in itertools.product(reader.names, KINDS):
+            reader.read(name, kind)
 
 
 def test_other_formats(tmp_path: Path) -> None:
