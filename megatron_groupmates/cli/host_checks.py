@@ -265,10 +265,6 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def _plural(noun: str, names: Sequence[str]) -> str:
-    return f"{noun}{'s' if len(names) > 1 else ''} {', '.join(names)}"
-
-
 def _attempt(problems: list[str], act: Callable[[], Any]) -> Any:
     """What ``act`` returns; None and a note where it raises ``UserError`` or cannot read something."""
     try:
