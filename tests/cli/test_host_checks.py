@@ -219,3 +219,11 @@ def test_a_library_that_is_not_there_is_a_version_too(monkeypatch: pytest.Monkey
 )
 def test_reports_compared(reports: list[HostReport], message: str) -> None:
     assert compare_reports(reports) == message
+
+
+def test_what_a_host_may_not_read_is_told_like_what_it_lacks() -> None:
+    def read() -> Config:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/shared/c.yaml")
+
+    found, report = look_around(environment(0), "b", "train", read)
+    assert found is None and report.problems == ["[Errno 13] Permission denied: '/shared/c.yaml'"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import socket
 import threading
 import time
@@ -85,6 +87,38 @@ def test_lost_ranks_are_named_and_the_others_end(messages: list[str]) -> None:
     ranks.lose(2, 3)
     assert ranks.wait(2) >= {0, 1}
     assert messages == [f"lost ranks 2, 3 on host node1: killed, crashed, or the host is gone; {ADVICE}"]
+
+
+def test_a_loss_is_told_also_where_the_file_system_has_gone_with_it(messages: list[str]) -> None:
+    def unreadable() -> str:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    ranks = Ranks(4)
+    ranks.watches[0]._advice = unreadable
+    ranks.lose(2, 3)
+    assert ranks.wait(2) >= {0, 1}
+    assert messages == [
+        "lost ranks 2, 3 on host node1: killed, crashed, or the host is gone; start the same command again "
+        "(where it goes on from cannot be read: [Errno 116] Stale file handle)"
+    ]
+
+
+def test_ranks_beyond_the_files_that_rank_0_may_open_go_on_unwatched(messages: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_many(listener: socket.socket) -> socket.socket:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(watch_module, "_accept", too_many)
+    monkeypatch.setattr(watch_module, "_CONNECT_SECONDS", 0.2)
+    ranks = Ranks(2)
+    assert messages[0] == "rank 0 cannot watch more ranks ([Errno 24] Too many open files); a lost one may be noticed by a time-out only"
+    assert "rank 1 on host node0 cannot reach rank 0" in messages[1] and len(messages) == 2
+    ranks.watches[0].leave()
+
+
+def test_a_reason_of_any_length_is_heard(messages: list[str]) -> None:
+    ranks = Ranks(2)
+    ranks.watches[1].leave("x" * 100_000)
+    assert ranks.wait(1) == {0} and messages[0].startswith("rank 1 on host node0 stopped: xxx")
 
 
 def test_a_rank_that_stops_gives_its_reason(messages: list[str]) -> None:
